@@ -53,7 +53,9 @@ class BusConfig(Section, frozen=True, kw_only=True):
 
 
 class ClusterConfig(Section, frozen=True, kw_only=True):
-    """``engines`` 0 means one engine per GPU, or two engines on a CPU. ``gateways`` share one port.
+    """Settings of the whole cluster. ``engines`` 0 means one engine per GPU, or two engines on a CPU.
+
+    The ``gateways`` share one port.
 
     ``profile`` gives the router and the planner their initial cost model. It is the path of a file written by
     scripts/profile or the name of a shipped profile. "" selects the shipped profile for this model and device, if any.
@@ -79,22 +81,21 @@ class ModelConfig(Section, frozen=True, kw_only=True):
 
 
 class EngineConfig(Section, frozen=True, kw_only=True):
-    """``device`` auto selects a GPU if there is one.
+    """Settings of each engine. ``device`` auto selects a GPU if there is one.
 
     On a CPU, ``weights`` float32 is exact. fp16 halves the weight bytes and computes with float32 activations. auto
     selects the faster supported type. ``kv_bytes`` and ``pool_bytes`` are the sizes of the KV cache and adapter pool.
     The pool's pages are allocated at start while at least a quarter of the machine's memory is available.
 
-    On a GPU, ``weights`` must have the adapters' dtype. The engine uses ``memory_fraction`` of the GPU's memory. The
-    adapter pool gets ``pool_fraction`` of the memory that remains after the weights, and the KV cache gets the rest.
+    On a GPU, ``weights`` must be the type of ``slab_dtype``, or auto. The engine uses ``memory_fraction`` of the GPU's
+    memory. The adapter pool gets ``pool_fraction`` of what remains after weights and steps. The KV cache gets the rest.
 
-    Each engine keeps evicted adapters in a host cache of ``host_cache_bytes``, page-locked on a GPU. The engine and
-    its peers load them from there faster than from the store. 0 means no cache. auto means no cache on a CPU; on a GPU
-    it means 8 GiB, limited so that all engines together use at most a quarter of the machine's memory.
+    Each engine keeps evicted adapters in a host cache of ``host_cache_bytes``, page-locked if it has a GPU. Loads from
+    this cache are faster than from the store. 0 means no cache. auto means no cache on a CPU; on a GPU it means 8 GiB,
+    limited so that all engines together use at most a quarter of the machine's memory.
 
-    An engine's share of the cores is cores / engines. ``threads`` 0 means this share, at least 1. ``digest_threads``
-    threads verify adapters during loads. 0 means half of the share on a GPU, or the cores beyond ``threads`` on a
-    CPU, between 1 and 8.
+    ``threads`` 0 means cores / engines, at least 1. ``digest_threads`` threads verify adapters during loads. 0 means
+    cores / engines / 2 on a GPU, or cores / engines - ``threads`` on a CPU, but at least 1 and at most 8.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -130,7 +131,7 @@ class EngineConfig(Section, frozen=True, kw_only=True):
 
 
 class RouterConfig(Section, frozen=True, kw_only=True):
-    """``policy`` predicted selects the engine with the lowest predicted TTFT; shares draws one by the plan's shares."""
+    """``policy`` predicted selects the lowest predicted TTFT; shares draws engines in proportion to traffic shares."""
 
     policy: Literal["predicted", "shares"] = "predicted"
     admit_timeout_s: Seconds = 1.0
@@ -145,7 +146,7 @@ class MonitorConfig(Section, frozen=True, kw_only=True):
 
 
 class PlannerConfig(Section, frozen=True, kw_only=True):
-    """``policy`` loraserve is the paper's algorithm. ``pins`` maps adapters to engines that must hold them."""
+    """``policy`` loraserve is from arXiv:2511.22880. ``pins`` maps adapters to the engines that must hold them."""
 
     policy: Literal["ours", "loraserve"] = "ours"
     pins: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
@@ -197,7 +198,7 @@ class TransferConfig(Section, frozen=True, kw_only=True):
     """How engines read adapters from each other.
 
     Engines use the ``transports`` that both sides support. An engine loads adapters that are not in its host cache from
-    peers or the store, the predicted fastest first. Without transports, it uses no peers.
+    peers or the store. It tries the source with the shortest predicted time first. Without transports, it uses no peer.
 
     ``lease_s`` is how long a peer's lease on an adapter lasts unless the peer renews it. Renewals can extend a lease
     to ``engine.load_timeout_s`` in total.
@@ -223,7 +224,7 @@ class Config(Section, frozen=True, kw_only=True):
 def load_config(
     path: Path | None = None, environ: Mapping[str, str] = os.environ, overrides: Sequence[str] = ()
 ) -> Config:
-    """Merge all sources into a Config. Raises ConfigError, which names the invalid key and its source."""
+    """Merge file, environment and overrides. Raises ConfigError, which names the invalid key and its source."""
     merged = {} if path is None else _read_toml(path)
     sources: dict[str, str] = {}
     for name, value in sorted(environ.items()):
@@ -254,7 +255,7 @@ def engine_count(config: Config) -> int:
 
 
 def check_pins(config: Config) -> None:
-    """Raise ConfigError if a pin lists no engines or an engine that does not exist."""
+    """Raise ConfigError if an entry of ``planner.pins`` lists no engines or an engine that does not exist."""
     names = engine_names(config)
     for adapter, engines in config.planner.pins.items():
         field = f"planner.pins.{adapter}"

@@ -43,7 +43,7 @@ def memory_limit_bytes(
 
 
 def available_memory_share(meminfo: Path = Path("/proc/meminfo"), groups: Path = Path("/sys/fs/cgroup")) -> float:
-    """Return the available share, 0 to 1, of the memory that this process may use. Returns 0 if it is unknown."""
+    """Return the available fraction (0 to 1) of the memory that this process may use, or 0 if it is unknown."""
     try:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         share = int(lines["MemAvailable"].split()[0]) / int(lines["MemTotal"].split()[0])
@@ -77,7 +77,7 @@ def gpu_name(driver: Path = Path("/proc/driver/nvidia/gpus")) -> str:
 
 
 def _listed(visible: str) -> int:
-    """Count the entries before the first invalid entry. CUDA ignores all entries after an invalid one."""
+    """Count the GPUs in a value of CUDA_VISIBLE_DEVICES. CUDA ignores all entries after an invalid one."""
     names = [name.strip() for name in visible.split(",")]
     return next((index for index, name in enumerate(names) if name in ("", "-1", "NoDevFiles")), len(names))
 

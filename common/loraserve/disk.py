@@ -1,4 +1,4 @@
-"""Makes changes of files survive a power failure."""
+"""Flushes file changes to the disk, so that they survive a power failure."""
 
 import os
 from pathlib import Path

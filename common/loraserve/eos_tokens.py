@@ -1,7 +1,7 @@
 """Reads the EOS tokens of a model from its Hugging Face directory.
 
-The engine needs them but has no tokenizer, so this module reads the JSON files. As in vLLM, the EOS tokens are those of
-``generation_config.json`` and that of the tokenizer, because fine-tunes often change only one of the two.
+The engine has no tokenizer, so this module reads the JSON files. As in vLLM, the EOS tokens are those of the generation
+config (or model config) and that of the tokenizer, because fine-tunes often change only one of the two.
 """
 
 import json

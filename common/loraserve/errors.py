@@ -2,7 +2,7 @@
 
 
 class LoraServeError(Exception):
-    """Base class of all errors that this project defines."""
+    """Base class of the errors that this project reports to users and peers."""
 
 
 class ConfigError(LoraServeError):
@@ -10,10 +10,10 @@ class ConfigError(LoraServeError):
 
 
 class AdapterError(LoraServeError):
-    """An adapter cannot be served because of its format, shape, rank, values or name.
+    """An adapter cannot be registered, stored or served. ``code`` is for programs, ``message`` for people.
 
-    Programs can rely on ``code``: ``bad_format``, ``bad_shape``, ``bad_rank``, ``bad_name``, ``not_finite``,
-    ``unsupported``, ``not_found``, ``duplicate``. ``message`` is for people.
+    The codes are ``bad_format``, ``bad_shape``, ``bad_rank``, ``bad_name``, ``not_finite``, ``unsupported``,
+    ``not_found`` and ``duplicate``. The store also uses other codes, such as ``disk_full``.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -23,7 +23,7 @@ class AdapterError(LoraServeError):
 
 
 class RequestTimeoutError(LoraServeError):
-    """A peer did not answer a request in time. It may or may not have acted on the request."""
+    """No answer to a request arrived in time, or the connection was lost. The peer may have acted on the request."""
 
 
 class PeerError(LoraServeError):

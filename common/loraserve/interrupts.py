@@ -1,7 +1,7 @@
 """Protects imports of C++ extensions from Ctrl-C.
 
 Python raises KeyboardInterrupt in the next Python code that runs. While torch is imported, C++ often calls Python code.
-An exception in such a call crashes the process, looks like a failed import, or is lost.
+KeyboardInterrupt in that Python code crashes the process, looks like a failed import, or is lost.
 """
 
 import signal
@@ -17,8 +17,8 @@ INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 def hold_back_interrupts() -> Iterator[None]:
     """Delay KeyboardInterrupt until the end of the block.
 
-    Only Python's default handler is replaced, because others do not raise KeyboardInterrupt. The block has no effect
-    outside the main thread: other threads never receive signals.
+    Only Python's default handler is replaced, because other handlers do not raise KeyboardInterrupt. The block has no
+    effect outside the main thread, because Python runs signal handlers only in the main thread.
     """
     received: list[int] = []
 

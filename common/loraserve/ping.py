@@ -1,4 +1,4 @@
-"""``python -m loraserve.ping NAME --config FILE``: ask a process whether it is ready; exit status 0 if so, else 1."""
+"""``python -m loraserve.ping NAME --config FILE``: exit status 0 if a process is ready, 1 if not, 2 on ConfigError."""
 
 import argparse
 import asyncio
@@ -16,7 +16,7 @@ DEFAULT_TIMEOUT_S = 5.0
 
 
 async def ping(config: Config, name: str, timeout_s: float = DEFAULT_TIMEOUT_S) -> Pong:
-    """Ask the process ``name`` for its state. Raises RequestTimeoutError or PeerError."""
+    """Ask the process ``name`` for its state. Raises RequestTimeoutError, PeerError or ConfigError."""
     # A bus without an inbox binds no addresses, so it cannot conflict with another process.
     bus = open_bus(config, f"ping-{os.getpid()}", None)
     try:

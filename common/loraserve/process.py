@@ -1,6 +1,6 @@
 """Runs a service as a process: flags, configuration, logging, signals, bus. Every ``__main__`` calls ``main``.
 
-Exit status: 0 after a stop request, 1 after a crash, 2 if the configuration is invalid.
+Exit status: 0 after a stop request, 1 after a crash, 2 for an invalid configuration, 128 + N after a second signal N.
 """
 
 import argparse
@@ -178,7 +178,7 @@ def _report_bad_config(name: str, error: ConfigError) -> int:
 
 
 def _end_within(seconds: float, status: int) -> None:
-    """End the process after ``seconds``, even if a worker thread hangs. Python would wait forever for such a thread."""
+    """Start a timer that ends the process. Otherwise Python would wait forever for a worker thread that hangs."""
     timer = threading.Timer(seconds, os._exit, [status])
     timer.daemon = True
     timer.start()

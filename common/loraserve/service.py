@@ -1,6 +1,6 @@
 """The base class of every process: three hooks (``start``, ``loops``, ``drain``) and a message handler.
 
-STARTING  ``start(stack)`` acquires resources. One-way messages are queued; requests are refused with ``starting``.
+STARTING  ``start(stack)`` acquires resources. One-way messages are queued. Requests except Ping are refused.
 READY     The coroutines of ``loops()`` run, and ``handle`` is called for each message.
 DRAINING  After ``stop()``, ``drain()`` finishes current work. Loops and ``handle`` continue to run.
 STOPPED   Loops and spawned tasks are cancelled, and the stack is closed.
@@ -64,7 +64,7 @@ class Service:
         self._held: deque[Envelope] = deque(maxlen=config.bus.queue_messages)
 
     async def start(self, stack: AsyncExitStack) -> None:
-        """Acquire the service's resources. Push the context managers to exit at the end onto the stack."""
+        """Acquire the service's resources. The service exits the context managers on ``stack`` when it stops."""
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         """Return coroutines that run from READY to STOPPED. A loop may return. If it raises, the process ends."""
@@ -74,14 +74,14 @@ class Service:
         """Finish current work while ``handle`` and the loops continue to run. Cancelled after ``drain_timeout_s``."""
 
     async def handle(self, envelope: Envelope) -> None:
-        """Handle one message. It blocks later messages, so use ``spawn`` for work that awaits other processes."""
+        """Handle one message. Later messages wait for this call, so ``spawn`` work that awaits other processes."""
 
     def is_ready(self) -> bool:
-        """Return whether a service whose ``start`` has completed can serve. If not, its state is STARTING."""
+        """Return whether a started service can serve. While this is False, ``state`` is STARTING."""
         return True
 
     def ready_detail(self) -> str:
-        """Describe what a started service contains or waits for. Returned to pings."""
+        """Describe what a started service contains or waits for, for the answers to pings."""
         return ""
 
     def story_subjects(self, subjects: Sequence[str]) -> Sequence[str]:
@@ -103,7 +103,7 @@ class Service:
     def spawn(self, work: Coroutine[Any, Any, None], envelope: Envelope | None = None) -> None:
         """Run ``work`` concurrently with the handling of messages. It is cancelled when the service stops.
 
-        If it raises, the error is logged and the request in ``envelope`` (default: the current one) is refused.
+        An error of ``work`` is logged, and the request in ``envelope`` (default: the one being handled) is refused.
         """
         if self._tasks is None and self._state is ServiceState.STARTING:
             work.close()
@@ -153,7 +153,7 @@ class Service:
             self.log.warning("drain_cut_short", after_s=self.drain_timeout_s)
 
     async def _start_unless_stopped(self, stack: AsyncExitStack) -> bool:
-        """Run ``start`` and return whether it completed. ``stop`` cancels it.
+        """Run ``start`` and return whether it completed. A call of ``stop`` cancels ``start``.
 
         ``start`` runs in the current task, because a task must exit the context managers that it entered.
         """
@@ -224,7 +224,7 @@ class Service:
         )
 
     def _create(self, work: Coroutine[Any, Any, None]) -> bool:
-        """Create a task for ``work``. Return False if the service is ending and creates no tasks."""
+        """Create a task for ``work``, unless the service is ending. Return whether the task was created."""
         if self._tasks is None:
             return False
         try:

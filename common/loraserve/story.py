@@ -20,7 +20,7 @@ class StoryEntry(NamedTuple):
 
 
 class Story:
-    """The last ``MAX_ENTRIES`` events of each of the ``MAX_SUBJECTS`` subjects with the most recent events.
+    """Keeps the last ``MAX_ENTRIES`` events of each of the ``MAX_SUBJECTS`` subjects with the most recent events.
 
     A subject is a request id, an adapter name or an adapter version.
     """
@@ -46,7 +46,7 @@ class Story:
         return [f"{time_s:.3f} {text}" for time_s, text in self.entries(subject)]
 
     def told(self, subjects: Sequence[str], monotonic_to_unix_s: float) -> tuple[StoryLine, ...]:
-        """Return the events of ``subjects`` with wall-clock times. An event keeps its time in later calls."""
+        """Return the events with wall-clock times. Ignores changes of the offset by up to CLOCK_STEP_S."""
         if abs(monotonic_to_unix_s - self._to_unix_s) > CLOCK_STEP_S:
             self._to_unix_s = monotonic_to_unix_s
         return tuple(

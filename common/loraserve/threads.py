@@ -16,8 +16,8 @@ async def run_in_thread(
 ) -> T:
     """Run ``function`` in a thread and return its result.
 
-    If this coroutine is cancelled, a function that has not started never runs. For a running function, it calls
-    ``stop``, which may ask the function to end early, and waits until the function returns.
+    If this coroutine is cancelled before the function starts, the function never runs. If it is cancelled later, it
+    calls ``stop``, which may ask the function to end early, and waits until the function returns.
     """
     job = threads.submit(function)
     work = asyncio.wrap_future(job)

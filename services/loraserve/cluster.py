@@ -127,7 +127,7 @@ def _serve(config: Config, arguments: argparse.Namespace, listener: socket.socke
 
 
 def down(arguments: argparse.Namespace) -> int:
-    """Stop the cluster of this data folder, if one runs."""
+    """Stop the cluster in the configured run folder, if one runs."""
     run_dir = Path(_configuration(arguments).cluster.run_dir)
     state = read_state(run_dir)
     if state is None:

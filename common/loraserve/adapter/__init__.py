@@ -1,1 +1,1 @@
-"""LoRA adapters: reads and validates PEFT directories, and defines the slab format of packed adapters."""
+"""LoRA adapters: reads and validates PEFT directories, and packs each adapter into one array (a slab)."""

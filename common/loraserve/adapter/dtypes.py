@@ -1,4 +1,4 @@
-"""Converts adapter elements without torch. Because numpy has no bfloat16, uint16 arrays store its bit patterns."""
+"""Converts adapter elements without torch. numpy has no bfloat16, so uint16 arrays store bfloat16 bit patterns."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def all_finite(values: Elements, dtype: Dtype) -> bool:
 
 
 def convert_elements(values: Elements, source: Dtype, target: Dtype) -> Elements:
-    """Convert elements to ``target``, rounding to nearest even. Values outside its range become infinite."""
+    """Convert elements to ``target``, rounding to nearest even. Values beyond the target's range become infinite."""
     if source == target:
         return values
     return from_float32(to_float32(values, source), target)

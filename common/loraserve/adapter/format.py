@@ -1,14 +1,14 @@
-"""The slab format: an adapter as one contiguous array of elements, whose size is linear in its rank.
+"""The slab format. A slab is an adapter packed into one contiguous array. Its size is linear in the adapter's rank.
 
 A slab has one *row* per layer and fused module, ordered by layer, then module. A *slice* is one projection of a module.
-A row contains the A matrices of its slices, stacked as ``[sum of r_i, in]``, then the transposed B of each slice,
-``[r_i, out_i]``. Absent slices take no bytes. For a token x the adapter adds ``scale_i * (x @ A_i.T) @ B_i.T`` to
-slice i of the module's output.
+Slice i of a row has rank ``r_i``, which is 0 if the adapter does not change it. A row contains the A matrices of its
+slices, stacked as ``[sum of r_i, in]``, then the transposed B of each slice, ``[r_i, out_i]``. For a token x the
+adapter adds ``scale_i * (x @ A_i.T) @ B_i.T`` to slice i of the module's output.
 
 The header contains a digest of each layer. The header's own digest is the adapter's version. A reader verifies the
-header first, then each layer as soon as it arrives, in any thread. Every load computes the layer digests, so they use
-BLAKE3 (https://github.com/BLAKE3-team/BLAKE3-specs). A thread hashes 5.3 GiB/s with BLAKE3 and 1.1 GiB/s with SHA-256
-on an Intel Xeon with AVX-512 and SHA instructions.
+header first. Any thread can then verify a layer as soon as it has arrived. The layer digests use BLAKE3
+(https://github.com/BLAKE3-team/BLAKE3-specs), because every load computes them. A thread hashes 5.3 GiB/s with BLAKE3
+and 1.1 GiB/s with SHA-256 on an Intel Xeon with AVX-512 and SHA instructions.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ ITEM_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class LayoutRow(msgspec.Struct, frozen=True, array_like=True):
-    """The row of one (layer, module): its offset in elements, and the rank and scale of each slice of the module.
+    """The row of one (layer, module): its offset in elements, and the rank and scale of each slice (projection).
 
-    Rank 0 means that the slice is absent.
+    Rank 0 means that the adapter does not change the projection.
     """
 
     offset: int
@@ -40,14 +40,14 @@ class LayoutRow(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def total_rank(self) -> int:
-        """Return the number of rows of the stacked A matrices."""
+        """Return the sum of the slices' ranks: the number of rows of their stacked A matrices."""
         return sum(self.ranks)
 
 
 class SlabHeader(msgspec.Struct, frozen=True):
-    """All information needed to read a slab. ``rows`` is ordered by layer, then module (as in ``MODULES``).
+    """Describes a slab (a packed adapter). ``rows`` is ordered by layer, then module (as in ``MODULES``).
 
-    ``layer_digests`` are the BLAKE3 digests of the layers. A header without digests is an unsealed layout.
+    ``layer_digests`` are the BLAKE3 digests of the layers. They are empty until ``seal_layout`` computes them.
     """
 
     dtype: Dtype
@@ -77,7 +77,7 @@ class SlabHeader(msgspec.Struct, frozen=True):
 
 
 def row_elements(shape: ModelShape, module: str, ranks: tuple[int, ...]) -> int:
-    """Return the number of elements of a row without alignment padding."""
+    """Return the number of elements in a module's row, without alignment padding."""
     a = sum(ranks) * shape.in_features(module)
     return a + sum(r * out for r, out in zip(ranks, shape.out_features(module), strict=True))
 
@@ -88,7 +88,7 @@ def make_layout(
     ranks: list[tuple[int, ...]],
     scales: list[tuple[float, ...]],
 ) -> SlabHeader:
-    """Return the unsealed layout of a slab. ``ranks`` and ``scales`` have one tuple per row with a value per slice."""
+    """Return a header without layer digests. ``ranks`` and ``scales`` have one tuple per row with a value per slice."""
     rows = []
     offset = 0
     for index, (row_ranks, row_scales) in enumerate(zip(ranks, scales, strict=True)):
@@ -100,7 +100,7 @@ def make_layout(
 
 
 def make_uniform_layout(shape: ModelShape, dtype: Dtype, rank: int, scale: float = 1.0) -> SlabHeader:
-    """Return the layout of a slab with the same rank and scale in every projection."""
+    """Return a header, without layer digests, for an adapter with one rank and scale in all projections."""
     slices = [len(SLICES[module]) for _ in range(shape.layers) for module in MODULES]
     return make_layout(shape, dtype, [(rank,) * n for n in slices], [(scale,) * n for n in slices])
 
@@ -118,7 +118,7 @@ def seal_layout(layout: SlabHeader, slab: bytes | bytearray | memoryview) -> Sla
 def encode_header(header: SlabHeader) -> bytes:
     """Encode a header as canonical MessagePack: equal headers give equal bytes, so their hash identifies the header.
 
-    Raises ValueError for an unsealed layout, because it does not identify the slab's bytes.
+    Raises ValueError for a header without layer digests, because it does not identify the slab's bytes.
     """
     if not header.sealed:
         raise ValueError(f"{len(header.layer_digests)} digests for {header.shape.layers} layers; seal the layout first")
@@ -156,5 +156,5 @@ def _has_canonical_layout(header: SlabHeader) -> bool:
 
 
 def slab_version(header: SlabHeader) -> str:
-    """Return the adapter's version: the SHA-256 of the encoded header in hex. The header's digests cover the slab."""
+    """Return the adapter's version: the SHA-256 of the encoded header in hex. It depends on all layer digests."""
     return hashlib.sha256(encode_header(header)).hexdigest()

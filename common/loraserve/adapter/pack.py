@@ -1,4 +1,4 @@
-"""Packs a PEFT directory into a slab at registration."""
+"""Packs the adapter in a PEFT directory into one array (a slab) when it is registered."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class Slab:
 def pack_peft(directory: Path, shape: ModelShape, dtype: Dtype, max_rank: int) -> Slab:
     """Check the adapter in ``directory`` and pack it for a model of ``shape``.
 
-    Needs memory for the slab and its largest tensor. Raises AdapterError if the directory or a tensor is invalid, with
-    code ``not_finite`` for values that are not finite in ``dtype``.
+    Needs memory for the result and a few copies of the largest tensor. Raises AdapterError if the directory or a tensor
+    is invalid, with code ``not_finite`` for values that are not finite in ``dtype``.
     """
     check_directory(directory)
     config = read_peft_config(directory)
@@ -63,7 +63,7 @@ def _layout_of(pairs: Mapping[tuple[int, str], LoraPair], shape: ModelShape, dty
 def row_views(
     elements: Elements, row: LayoutRow, module: str, shape: ModelShape
 ) -> tuple[list[Elements], list[Elements]]:
-    """Return views of the A ``[r_i, in]`` and of the transposed B ``[r_i, out_i]`` of each slice i of a row."""
+    """Return views of each slice's A ``[rank, in]``, and of each slice's transposed B ``[rank, out]``, in ``row``."""
     width = shape.in_features(module)
     begin = row.offset + row.total_rank * width
     a = elements[row.offset : begin].reshape(row.total_rank, width)

@@ -1,6 +1,6 @@
 """Reads the metadata of a PEFT adapter: ``adapter_config.json`` and the names of the tensors.
 
-The module reads only fields that change the computation. It refuses an adapter with a field that a slab cannot express,
+The module reads only fields that change the computation. It refuses an adapter that uses an unsupported PEFT feature,
 because serving the adapter would silently return wrong answers.
 """
 
@@ -57,7 +57,7 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Scaling:
-    """The rank and scale of each module. As in PEFT, the first pattern that matches the end of its name applies."""
+    """The rank and scale of each module. As in PEFT, the first pattern applies that matches the end of its name."""
 
     def __init__(self, config: PeftConfig) -> None:
         self._config = config
@@ -68,13 +68,13 @@ class Scaling:
         return int(_first_match(self._ranks, module, self._config.r))
 
     def scale(self, module: str, rank: int) -> float:
-        """Return the factor of the product B A. ``rank`` must be at least 1."""
+        """Return the scale of B A: alpha / rank, or alpha / sqrt(rank) with rsLoRA. ``rank`` must be at least 1."""
         alpha = _first_match(self._alphas, module, self._config.lora_alpha)
         return alpha / (math.sqrt(rank) if self._config.use_rslora else rank)
 
 
 class TensorName(msgspec.Struct, frozen=True):
-    """The components of a LoRA tensor's name. PEFT matches patterns against ``module``."""
+    """The components of a LoRA tensor's name. PEFT matches rank and alpha patterns against ``module``."""
 
     module: str
     layer: int
@@ -90,7 +90,7 @@ _NAME = re.compile(
 
 
 def read_peft_config(directory: Path) -> PeftConfig:
-    """Return the checked configuration. Raises AdapterError if it is missing, malformed or not supported."""
+    """Return the adapter's configuration. Raises AdapterError if it is missing, malformed or not supported."""
     text = _read_text(directory / CONFIG_FILE)
     try:
         raw = msgspec.json.decode(text, type=dict[str, Any])
@@ -170,7 +170,7 @@ def _compile(field: str, patterns: Mapping[str, float]) -> list[tuple[re.Pattern
 
 
 def _is_cheap(key: str) -> bool:
-    """Return whether matching a pattern from an untrusted adapter always takes low polynomial time."""
+    """Return whether the untrusted regular expression ``key`` is too simple to take exponential time to match."""
     plain = re.sub(r"\[[^\]]*\]", "x", re.sub(r"\\.", "x", key))
     risky = re.search(r"\)[*+{]|\(\?(?!:)", plain)
     quantifiers = re.findall(r"(?<!\()[*+?{]", plain)

@@ -1,7 +1,7 @@
 """Reads an untrusted safetensors file tensor by tensor.
 
-Memory holds one tensor at a time. The module uses ``preadv`` instead of a mapping. If the file is truncated during
-a read, ``preadv`` returns fewer bytes, while access to a mapping would end the process with SIGBUS.
+The module uses ``preadv`` instead of a memory mapping. If the file is truncated during a read, ``preadv`` returns fewer
+bytes, while access to a mapping would end the process with SIGBUS.
 """
 
 import math
@@ -50,7 +50,7 @@ class TensorFile:
     """An open safetensors file. ``entries`` maps tensor names to the entries of its header.
 
     The constructor and ``read`` raise AdapterError ``bad_format`` if the file is truncated or not a safetensors file.
-    The constructor raises ``unsupported`` if a tensor's dtype is not float32, float16 or bfloat16.
+    The constructor raises ``not_found``, or ``unsupported`` if a dtype is not float32, float16 or bfloat16.
     """
 
     def __init__(self, path: Path) -> None:

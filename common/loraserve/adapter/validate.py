@@ -25,7 +25,7 @@ MAX_NAME_CHARACTERS = 200
 
 
 class LoraPair(msgspec.Struct, frozen=True):
-    """The matrices of one projection: A ``[rank, in]`` and B ``[out, rank]``."""
+    """The rank, scale and matrices of one projection: A ``[rank, in]`` and B ``[out, rank]``."""
 
     rank: int
     scale: float
@@ -47,7 +47,7 @@ def check_name(name: str, served_model: str) -> None:
 
 
 def check_directory(directory: Path) -> None:
-    """Raise AdapterError if the path is not an existing directory or holds pickled weights only."""
+    """Raise AdapterError if the path is missing or no directory, or if its weights exist only as a pickle."""
     try:
         exists = directory.exists()
     except OSError as error:
@@ -67,10 +67,10 @@ def check_directory(directory: Path) -> None:
 def pair_matrices(
     config: PeftConfig, tensors: Mapping[str, TensorEntry], shape: ModelShape, max_rank: int
 ) -> dict[tuple[int, str], LoraPair]:
-    """Return a dict from each (layer, projection) that the adapter changes to its matrices.
+    """Return a dict that maps each (layer, projection) changed by the adapter to the projection's matrices.
 
-    Raises AdapterError: ``unsupported`` for other tensors, ``bad_format`` for missing or duplicate matrices,
-    ``bad_shape`` if shapes do not fit the model, ``bad_rank`` if ranks disagree or exceed ``max_rank``.
+    Raises AdapterError: ``unsupported`` for tensors that are no LoRA matrices, ``bad_format`` for missing or duplicate
+    matrices, ``bad_shape`` if shapes do not fit the model, ``bad_rank`` if ranks disagree or exceed ``max_rank``.
     """
     found: dict[tuple[int, str], dict[str, tuple[TensorName, TensorEntry]]] = {}
     for name, entry in tensors.items():

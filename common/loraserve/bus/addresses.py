@@ -36,7 +36,7 @@ class Addresses(msgspec.Struct, frozen=True):
 
 
 def run_dir(config: Config) -> Path:
-    """Return the private folder for sockets and locks: ``cluster.run_dir``, or a folder of the user if it is ""."""
+    """Return the private folder for sockets and locks: ``cluster.run_dir``, or one folder per user if that is ""."""
     named = config.cluster.run_dir
     return Path(named) if named else Path(tempfile.gettempdir()) / f"loraserve-{os.getuid()}"
 
@@ -119,7 +119,7 @@ class NameClaim:
         os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
 
     def release(self) -> None:
-        """Release the lock but keep the file. Otherwise two processes could lock two different files of this name."""
+        """Release the lock. The file stays: if it were deleted, two processes could each lock a file of this name."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

@@ -1,4 +1,4 @@
-"""The code shared by both bus transports: requests and answers, strict decoding, counters, and backlogs."""
+"""The code shared by all bus transports: requests and answers, strict decoding, counters, and backlogs."""
 
 import asyncio
 import os
@@ -129,7 +129,7 @@ class Endpoint(ABC):
 
     @abstractmethod
     def _answer(self, reply_to: tuple[bytes, ...], message: Any, parts: wire.Parts) -> None:
-        """Give an answer to the transport. Count it as dropped if the requester is gone."""
+        """Give an answer to the transport. If it cannot be delivered, count it as dropped."""
 
     @abstractmethod
     def _broadcast(self, topic: str, message: Any, parts: wire.Parts) -> None:
@@ -163,7 +163,7 @@ class Endpoint(ABC):
                 self._withdraw(peer, correlation)
 
     def _accept(self, hello: bytes, parts: Sequence[Frame]) -> Envelope | None:
-        """Decode a message to the inbox. If it is invalid, count and refuse it and return None."""
+        """Decode a message that the inbox received. If it is invalid, count and refuse it and return None."""
         self.counters.received += 1
         sender = self._hello_of(hello)
         try:

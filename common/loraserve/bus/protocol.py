@@ -1,8 +1,8 @@
 """The bus interface of a process, independent of the transport, and the counters of its messages and errors.
 
 A process has one name (``router``, ``engine-0``, ...) and one inbox. ``send`` and ``publish`` never wait. The bus
-delivers messages at most once, and in order for each pair of processes. A sender that must know whether a message
-arrived uses ``request``.
+delivers messages at most once. Messages from one process to another arrive in order, except that publications and
+answers may arrive earlier or later. A sender that must know whether a message arrived uses ``request``.
 """
 
 from collections import Counter
@@ -26,8 +26,8 @@ T = TypeVar("T")
 class BusCounters:
     """The counters of one process's bus. The metrics registry reads them.
 
-    Once ``bad`` has MAX_COUNTED_PEERS entries, it counts all messages under the sender "?". Invented sender names
-    therefore cannot exhaust the memory.
+    Once ``bad`` has MAX_COUNTED_PEERS entries, it counts all further messages under the sender "?". Therefore invented
+    sender names cannot exhaust the memory.
     """
 
     def __init__(self, owner: str) -> None:
@@ -65,7 +65,7 @@ class Envelope(msgspec.Struct, frozen=True):
 
 
 class Bus(Protocol):
-    """The connection of one process to the bus. Do not change raw frames after sending: the bus does not copy them."""
+    """The connection of one process to the bus. Do not change raw frames after sending: large ones are not copied."""
 
     @property
     def name(self) -> str: ...
@@ -128,7 +128,7 @@ class Bus(Protocol):
         """
 
     def forget(self, peer: str) -> None:
-        """Drop the queue, the waiting requests and the subscriptions of a peer that will not return."""
+        """Fail the waiting requests to a peer that will not return. Drop its queue and the subscriptions to it."""
 
     async def close(self) -> None:
         """Fail waiting requests with RequestTimeoutError and close the sockets."""

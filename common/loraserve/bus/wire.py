@@ -28,7 +28,7 @@ Parts = list[Frame]
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """The identity that the sender of a connection claims. ``refusal`` is the reason to refuse its messages, or ""."""
+    """The identity that a connecting process claims. ``refusal`` is the reason to refuse its messages, or ""."""
 
     name: str
     incarnation: str

@@ -1,4 +1,4 @@
-"""Cost models of steps and adapter loads: shipped, derived, fitted to measurements, and learned from engines."""
+"""Cost models that predict step and adapter load times, from datasheets, benchmarks and the engines' reports."""
 
 from loraserve.cost.extents import MIN_EXTENT_BYTES, extent_bytes, largest_extent_bytes
 from loraserve.cost.learner import CostLearner

@@ -1,7 +1,7 @@
 """Derives a cost profile for a GPU from datasheet figures, bytes and FLOPs, without running the model on it.
 
-A step reads the weights once, each sequence's KV once, and the adapters as the LoRA kernels read them. It computes two
-FLOPs per weight and token. The model ignores kernel launches, which CUDA graphs make cheap, and sampling.
+A step reads the weights once and each sequence's KV once. LoRA kernels read each adapter once (``exact``) or once per
+decoding sequence (``padded``). Steps compute two FLOPs per weight and token. Kernel launches and sampling are ignored.
 """
 
 from collections.abc import Mapping
@@ -35,9 +35,9 @@ def derive_profile(
     lora: Literal["exact", "padded"],
     model: str = "",
 ) -> Profile:
-    """Return the bfloat16 profile of ``shape`` on ``hardware``. ``find_efficiencies`` provides ``efficiencies``.
+    """Return the cost profile of a bfloat16 model of ``shape`` on ``hardware``, with LoRA kernels of kind ``lora``.
 
-    Raises KeyError if an efficiency is missing.
+    ``find_efficiencies`` provides ``efficiencies``. Raises KeyError if one is missing.
     """
     value = {name: efficiency.value for name, efficiency in efficiencies.items()}
     return Profile(
@@ -80,11 +80,11 @@ def _cost(
 
 
 def _load_byte_s(shape: ModelShape, hardware: Hardware, value: Mapping[str, float]) -> float:
-    """Return the seconds per byte of a load: the slower of transfer and digests, plus the part that does not overlap.
+    """Return the seconds per byte of a load: those of its slower stage, plus the time when only the faster stage runs.
 
-    Each thread reads one layer back from the GPU and verifies it while later layers arrive. If the transfer is slower,
-    the digests of the last layers do not overlap with it. If the digests are slower, the transfer of the first layers
-    does not overlap with them. The part without overlap is one layer per thread.
+    Layers are transferred to the GPU. Then threads read them back and verify them, each one layer at a time. If the
+    transfer is faster, it runs alone for the first layers. If the verification is faster, it runs alone for the last
+    layers. In both cases these are as many layers as threads.
     """
     link_byte_s = 1 / (min(hardware.host_bytes_per_s, hardware.nic_bytes_per_s) * value["link"])
     thread_byte_s = 1 / value["digest_bytes_per_s"] + 1 / (hardware.host_bytes_per_s * value["link"])
@@ -96,8 +96,8 @@ def _load_byte_s(shape: ModelShape, hardware: Hardware, value: Mapping[str, floa
 def _sequence_s(flops_s: float, step_base_s: float) -> float:
     """Return the seconds that a decoding sequence adds to a step.
 
-    A step computes while it reads weights. So few sequences add no time, and many sequences add the time of their
-    FLOPs. The linear model is the line from no sequences to MAX_RUNNING sequences.
+    A step takes the longer of reading the weights (``step_base_s``) and computing (``flops_s`` per sequence). The
+    linear model joins its times at 0 and at MAX_RUNNING sequences.
     """
     return max(0.0, flops_s - step_base_s / MAX_RUNNING)
 
@@ -138,7 +138,7 @@ def kv_bytes(shape: ModelShape) -> int:
 
 
 def rank_elements(shape: ModelShape) -> int:
-    """Return the slab elements per unit of rank of an adapter on all projections (``adapter/format.py``)."""
+    """Return how many elements each unit of rank adds to a packed adapter that changes all projections."""
     return shape.layers * sum(
         len(shape.out_features(module)) * shape.in_features(module) + sum(shape.out_features(module))
         for module in MODULES
@@ -146,9 +146,9 @@ def rank_elements(shape: ModelShape) -> int:
 
 
 def lora_activation_bytes(shape: ModelShape) -> int:
-    """Return the activation bytes that LoRA moves per token: shrink reads x, expand reads and writes y.
+    """Return the activation bytes that LoRA moves per token: inputs are read, outputs are read and written.
 
-    They do not depend on the rank. Every token is assumed to use an adapter.
+    The result does not depend on the rank. Every token is assumed to use an adapter.
     """
     return (
         shape.layers
@@ -158,7 +158,7 @@ def lora_activation_bytes(shape: ModelShape) -> int:
 
 
 def _engine(shape: ModelShape, hardware: Hardware) -> EngineShape:
-    """Return the engine's capacities, from the memory division of ``services/loraserve/engine/cuda/memory.py``."""
+    """Return the capacities of an engine, computed as in ``services/loraserve/engine/cuda/memory.py``."""
     left = int(hardware.hbm_bytes * MEMORY_FRACTION) - weight_bytes(shape) - _step_bytes(shape)
     pool_bytes = int(left * POOL_FRACTION) // MIB * MIB
     return EngineShape(
@@ -174,6 +174,6 @@ def _engine(shape: ModelShape, hardware: Hardware) -> EngineShape:
 
 
 def _step_bytes(shape: ModelShape) -> int:
-    """Return the activation bytes of the largest step: outputs of one layer's linear modules and float32 logits."""
+    """Return the activation bytes of the largest step: the activations of one layer and the float32 logits."""
     outputs = sum(sum(shape.out_features(module)) for module in MODULES) + 2 * shape.hidden + shape.ffn
     return MAX_STEP_TOKENS * outputs * ITEM_BYTES + MAX_RUNNING * shape.vocab * 4

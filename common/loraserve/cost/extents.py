@@ -1,4 +1,4 @@
-"""Sizes of extents in an adapter pool. All sizes are multiples of a granule."""
+"""Sizes of extents, the memory blocks of an adapter pool. Each size is a multiple of the pool's granule."""
 
 MIN_EXTENT_BYTES = 4096
 """The default granule. Every extent begins and ends at a multiple of it."""
@@ -9,5 +9,5 @@ def extent_bytes(slab_bytes: int, granule_bytes: int = MIN_EXTENT_BYTES) -> int:
 
 
 def largest_extent_bytes(pool_bytes: int, granule_bytes: int = MIN_EXTENT_BYTES) -> int:
-    """Return the size of the largest extent that fits in an empty pool, or 0 if the pool is smaller than a granule."""
+    """Return the bytes of the largest extent in an empty adapter pool: the whole granules in ``pool_bytes``."""
     return pool_bytes // granule_bytes * granule_bytes

@@ -55,8 +55,8 @@ def fit_cost_model(
 ) -> tuple[CostModel, Residuals]:
     """Return the fitted model and its errors on held-out steps. Every ``held_out_every``-th step is held out.
 
-    ``unseen`` provides the terms that no sample contains, such as those of the other value of ``lora``. Raises
-    ValueError if there are too few samples or a duration is not positive and finite.
+    ``unseen`` provides the coefficients of terms that no sample contains, such as the terms of the other LoRA kernels.
+    Raises ValueError if there are too few samples or a duration used in the fit is not positive and finite.
     """
     seen = [sample for index, sample in enumerate(steps) if not _held_out(index, held_out_every)]
     rest = [sample for index, sample in enumerate(steps) if _held_out(index, held_out_every)]
@@ -67,7 +67,7 @@ def fit_cost_model(
 
 
 def measure_residuals(cost: CostModel, held_out: Sequence[StepSample], samples: int) -> Residuals:
-    """Return the relative errors of the predictions for ``held_out``. Raises ValueError if it is empty."""
+    """Return the errors of ``cost`` on ``held_out``. Raises ValueError if it is empty. ``samples`` counts all steps."""
     if not held_out:
         raise ValueError(f"of {samples} steps none is left to test the fit with; measure more")
     errors = [abs(cost.step_s(shape) - seconds) / seconds for shape, seconds in held_out]
@@ -82,7 +82,7 @@ def _held_out(index: int, every: int) -> bool:
 def _coefficients(
     what: str, samples: Sequence[tuple[Sample, float]], terms: Mapping[str, Callable[[Sample], float]]
 ) -> dict[str, float]:
-    """Return the coefficients, fitted to relative errors, of all terms that at least one sample contains."""
+    """Return the coefficients with the least relative errors, for all terms that at least one sample contains."""
     seconds = np.array([taken for _, taken in samples])
     if not (np.isfinite(seconds).all() and (seconds > 0).all()):
         raise ValueError(f"{what}: each sample must take a positive, finite number of seconds")
@@ -97,7 +97,7 @@ def _coefficients(
 
 
 def _solve(amounts: NDArray[np.float64], seconds: NDArray[np.float64]) -> list[float]:
-    """Fit the columns of ``amounts`` to ``seconds``. Scale the columns first: their magnitudes differ widely."""
+    """Return the coefficient of each column of ``amounts``. Scales the columns, whose magnitudes differ widely."""
     relative = amounts / seconds[:, None]
     scale = np.linalg.norm(relative, axis=0)
     solution, _ = nnls(relative / scale, np.ones(len(seconds)))

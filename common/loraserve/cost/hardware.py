@@ -1,4 +1,4 @@
-"""Datasheet figures of GPUs, and the shares of these figures that real kernels reach, with sources."""
+"""Datasheet figures of GPUs, and efficiencies: the fractions of these figures that kernels reach, with sources."""
 
 import msgspec
 
@@ -97,8 +97,8 @@ _MFU = Efficiency(
 def find_efficiencies(hardware: Hardware) -> dict[str, Efficiency]:
     """Return the efficiencies for ``derive_profile``, by name.
 
-    LoRA kernels without published figures are assumed to be as efficient as the base model's kernels. This is the best
-    case of the systems with ``padded`` kernels: they move and compute more, but not at a lower rate.
+    LoRA kernels without published figures are assumed to be as efficient as the base model's kernels. This favours
+    systems with ``padded`` LoRA kernels (S-LoRA, Punica, vLLM), some of which are reported to be less efficient.
     """
     streaming = _STREAMING[hardware.architecture]
     return {

@@ -9,14 +9,14 @@ from loraserve.messages import EngineLoad, MeasuredSpeed
 
 
 class _Learned(msgspec.Struct, frozen=True, kw_only=True):
-    """The last measurements of an engine's incarnation that the cost model has learned from."""
+    """The last measurements from which the cost model has learned, for one run of an engine process."""
 
     incarnation: str
     speed: MeasuredSpeed = MeasuredSpeed()
 
 
 class CostLearner:
-    """Learns the cost model ``cost`` from the load reports of all engines.
+    """Learns the cost model ``cost`` from the load reports of all engines. Uses each measurement once.
 
     An idle engine reports the means of its last steps repeatedly. If every report counted, one slow step of an idle
     engine could outweigh all measurements of busy engines.
@@ -27,7 +27,7 @@ class CostLearner:
         self._learned: dict[str, _Learned] = {}
 
     def learn(self, loads: Iterable[EngineLoad], engines: Collection[str]) -> None:
-        """Learn from new measurements in ``loads``. Forget engines that are not in ``engines``, the known engines."""
+        """Learn from the new measurements in ``loads``. Forget the engines that are not in ``engines``."""
         for load in loads:
             self.cost = self.cost.observe(self._new_in(load))
             self._learned[load.engine] = _Learned(incarnation=load.incarnation, speed=load.speed)
@@ -39,7 +39,7 @@ class CostLearner:
         return set(self._learned)
 
     def _new_in(self, load: EngineLoad) -> MeasuredSpeed:
-        """Return the speed in ``load``, without the means that an earlier report already contained."""
+        """Return the speeds in ``load``. A mean without new measurements is replaced by None."""
         learned = self._learned.get(load.engine)
         if learned is None or learned.incarnation != load.incarnation:
             learned = _Learned(incarnation=load.incarnation)

@@ -20,9 +20,9 @@ LARGEST_SURPRISE = 4.0
 class StepShape(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The contents of a step that determine its time.
 
-    ``kv_tokens`` is the sum, over all decoding sequences, of the context tokens to which each attends.
-    ``prefill_kv_tokens`` is this sum over all prefill tokens. ``slab_bytes`` is the size of all distinct adapters.
-    ``rank_tokens`` is the sum of the adapter ranks of all tokens, and ``max_rank`` the largest of these ranks.
+    ``kv_tokens`` counts the pairs of a decoding sequence and a context token to which it attends, ``prefill_kv_tokens``
+    the pairs of a prefill token and a context token. ``slab_bytes`` is the total size of the distinct adapters.
+    ``rank_tokens`` is the sum of the adapter ranks of all tokens. ``max_rank`` is the largest rank.
     """
 
     decode_sequences: float = 0
@@ -110,7 +110,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return cost
 
     def _observe_step(self, step: MeanStep) -> "CostModel":
-        """Correct all terms of a step together, so that prefill terms do not absorb the time of decoding sequences."""
+        """Return this model corrected by a mean step: all terms, or only the prefill terms while these are 0."""
         terms = {
             "step_base_s": self.step_base_s,
             "sequence_s": step.decode_sequences * self.sequence_s,
@@ -133,10 +133,10 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return self._corrected({**terms, **prefill}, step.duration_s, "step_base_s", 1.0)
 
     def _corrected(self, terms: dict[str, float], measured_s: float, unknown: str, unknown_units: float) -> "CostModel":
-        """Reduce the prediction error by changing each term in proportion to its share of the prediction.
+        """Return a model that predicts ``measured_s`` better. ``terms`` maps coefficients to predicted seconds.
 
-        Terms of 0 stay 0. If all terms are 0, ``unknown_units`` of the coefficient ``unknown`` explain the time.
-        Negative, infinite or NaN measurements have no effect.
+        The relative change of a coefficient is proportional to its term. If all terms are 0, coefficient ``unknown``
+        becomes LEARNING_RATE * ``measured_s / unknown_units``. Negative, infinite or NaN measurements have no effect.
         """
         if not 0 <= measured_s < inf:
             return self

@@ -24,7 +24,7 @@ LEAST_RANK = 8
 
 
 class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The share of a datasheet figure that real kernels reach, or another input of ``derive_profile``.
+    """The fraction of a datasheet figure that real kernels reach, or another input of ``derive_profile``.
 
     ``source`` says where ``value`` was published or how it was measured or assumed.
     """
@@ -56,7 +56,7 @@ class EngineShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A cost profile. ``date`` is ISO 8601. ``device`` is the kind of ``hardware``.
+    """A cost profile. ``date`` is ISO 8601. ``hardware`` is the name of the GPU or CPU.
 
     ``origin`` derived means that datasheets and ``efficiencies`` give the costs, without running the model.
     """
@@ -74,7 +74,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def read_profile(name_or_path: str) -> Profile:
-    """Read a profile file or a shipped profile. Raises ConfigError, which names the file and the error."""
+    """Read a profile from a JSON file or by the name of a shipped one. Raises ConfigError, which names the file."""
     path = Path(name_or_path)
     if path.suffix != ".json" and "/" not in name_or_path:
         path = SHIPPED / f"{name_or_path}.json"
@@ -96,7 +96,7 @@ def write_profile(profile: Profile, path: Path) -> None:
 
 
 def check_model(profile: Profile, shape: ModelShape, name: str = "") -> None:
-    """Raise ConfigError if ``profile`` is for a model of another shape. The message calls the profile ``name``."""
+    """Raise ConfigError if the profile's model does not have ``shape``. The message calls the profile ``name``."""
     if profile.shape == shape:
         return
     ours, theirs = msgspec.structs.asdict(shape), msgspec.structs.asdict(profile.shape)
@@ -111,8 +111,8 @@ def check_model(profile: Profile, shape: ModelShape, name: str = "") -> None:
 def find_profile(config: Config) -> Profile | None:
     """Return the profile that ``cluster.profile`` names. For "", return a shipped profile or None.
 
-    A shipped profile must be for this model and kind of device. Profiles for this GPU are preferred, then measured
-    profiles. Raises ConfigError if a named profile is unreadable, or is for another model than that in ``model.path``.
+    A shipped profile must have this model's shape, this kind of device and ``exact`` LoRA kernels. Profiles for this
+    GPU are preferred, then measured ones. Raises ConfigError if a named profile is unreadable or for another model.
     """
     name = config.cluster.profile
     shape = _shape(config.model.path)
@@ -129,7 +129,7 @@ def find_profile(config: Config) -> Profile | None:
 
 
 def initial_cost_model(config: Config) -> CostModel:
-    """Return the cost model of the profile from ``find_profile``, or the default model. Raises the same errors."""
+    """Return the cost model of the profile from ``find_profile``, or the default model. Raises ConfigError."""
     profile = find_profile(config)
     return profile.cost if profile else CostModel()
 

@@ -8,8 +8,8 @@ class LeaseSlab(Message, frozen=True, tag=True, kw_only=True):
     """Request of a reader: keep this slab in place while the reader reads it.
 
     Answered by LeaseGranted and one raw frame, the slab's encoded header, with which the reader verifies the bytes.
-    Refused with ``version`` (another transfer ``protocol``), ``not_found``, ``loading``, ``mismatch`` (of
-    ``slab_bytes``), ``making_room`` or ``too_many_leases``. The reader then uses another source.
+    Refused with ``version`` (unequal ``protocol``), ``not_found``, ``loading``, ``mismatch`` (of ``slab_bytes``),
+    ``making_room`` (the slab will be evicted) or ``too_many_leases``. The reader then uses another source.
 
     Each read has its own ``read_id``, so a repeated request gets the same lease. ``incarnation`` is the reader's. On a
     new value, the owner ends the reader's earlier leases, because the reader was restarted.

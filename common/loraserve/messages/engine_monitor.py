@@ -9,7 +9,7 @@ from loraserve.messages.transfer import Abilities
 class QueueLoad(msgspec.Struct, frozen=True, kw_only=True):
     """The running and waiting requests of an engine. ``request_ids`` lists both.
 
-    ``waiting_prefill_tokens`` counts the prompt tokens, over all requests, that the engine has not computed yet.
+    ``waiting_prefill_tokens`` counts the tokens that waiting, preempted and prefilling requests must still compute.
     """
 
     waiting: int = 0
@@ -31,7 +31,7 @@ class MeanStep(msgspec.Struct, frozen=True, kw_only=True):
 
     All fields use the same smoothing weights, so predictions for the mean contents can be compared with
     ``duration_s``. StepShape defines the other fields. ``padded_prefill_tokens`` and ``padded_decode_tokens`` are the
-    step's tokens of that kind times the largest rank in the step.
+    step's prefill and decode tokens times the largest rank in the step.
     """
 
     duration_s: float
@@ -108,7 +108,7 @@ class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
 class EngineLoad(Message, frozen=True, tag=True, kw_only=True):
     """Reports an engine's current load for routing and planning, every ``engine.load_interval_s``. No answer.
 
-    ``state`` has the values of ``Pong.state``.
+    ``state`` is STARTING, READY, DRAINING or STOPPED.
     """
 
     engine: str
@@ -181,8 +181,8 @@ class PrefetchCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Counts the slab bytes that an engine's incarnation loaded before any request waited for them.
 
     ``kind`` is the reason: ``plan`` (the plan places the adapter here), ``admission`` (the router announced a request)
-    or ``pattern`` (requests for this adapter often follow recent ones). A request used the ``useful`` slabs before
-    their eviction. ``wasted`` slabs were evicted unused. Other slabs are in the pool and were not used yet.
+    or ``pattern`` (requests for this adapter often follow recent ones). Requests used ``useful_bytes``.
+    ``wasted_bytes`` were evicted unused. The other bytes are in the pool and were not used yet.
     """
 
     kind: str
@@ -195,8 +195,8 @@ class EngineCounters(msgspec.Struct, frozen=True, kw_only=True):
     """Counts events of an engine's incarnation, for operators.
 
     ``early_starts`` counts requests whose prefill started during the load of their adapter.
-    ``early_starts_in_vain`` of them were undone because the load took too long. ``leaks`` counts the checks that found
-    an inconsistent state, or memory in use while the engine was idle.
+    ``early_starts_in_vain`` of them were undone, mostly because the load took too long. ``leaks`` counts the checks
+    that found an inconsistent state, or memory in use while the engine was idle.
     """
 
     steps: int = 0
@@ -223,7 +223,7 @@ class EngineStatistics(Message, frozen=True, tag=True, kw_only=True):
 
 
 class FindCopies(Message, frozen=True, tag=True, kw_only=True):
-    """Request of an engine: find the engines that hold this adapter. Answered by Copies from their last reports."""
+    """Request of an engine: find the engines that hold this adapter. Answered by Copies."""
 
     version: str
 

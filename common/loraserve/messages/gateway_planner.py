@@ -9,7 +9,7 @@ class GetPlan(Message, frozen=True, tag=True, kw_only=True):
 
 
 class Rebalance(Message, frozen=True, tag=True, kw_only=True):
-    """Request: plan now, without waiting for the interval. ``dry_run`` changes nothing. Answered by RebalanceDone."""
+    """Request: plan now, without waiting for the interval. ``dry_run`` only shows a plan. Answered by RebalanceDone."""
 
     dry_run: bool = False
 

@@ -7,9 +7,9 @@ from loraserve.messages.sampling import SamplingParams
 class Route(Message, frozen=True, tag=True, kw_only=True):
     """Request: choose an engine for this request and admit it there. Answered by Routed or Rejected.
 
-    The engine sends the tokens to the process named ``gateway``. If the request was migrated, the last ``generated``
-    tokens of ``prompt_tokens`` are output of earlier attempts, and the engines in ``avoid`` failed it: they are asked
-    only if no other engine is ready.
+    ``gateway`` is the name of the process to which the engine sends the tokens. If the request was migrated, the last
+    ``generated`` tokens of ``prompt_tokens`` are output of earlier attempts. The engines in ``avoid`` failed the
+    request, so they are asked only if no other engine is ready.
     """
 
     request_id: str

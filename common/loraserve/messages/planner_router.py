@@ -6,7 +6,7 @@ from loraserve.messages.base import Message
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
-    """One planned copy of an adapter. The shares of all copies of an adapter sum to 1."""
+    """One planned copy of an adapter. The traffic shares of an adapter's copies sum to 1."""
 
     version: str
     name: str
@@ -32,8 +32,8 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
 class Plan(Message, frozen=True, tag=True, kw_only=True):
     """A complete plan. The planner publishes it when it takes effect, and repeats it periodically.
 
-    Epochs increase, even across restarts of the planner. An abandoned rollout leaves a gap. ``drained`` engines get no
-    new requests while any other engine is ready.
+    Epochs increase, even across restarts of the planner. A plan that never takes effect leaves a gap. ``drained``
+    engines get no new requests while any other engine is ready.
     """
 
     epoch: int

@@ -2,8 +2,8 @@
 
 To add a parameter:
 
-1. Add a field to ``SamplingParams`` with its range. Its default is the value that has no effect. If the sampler needs
-   the request's earlier tokens for the parameter, add it to ``changes_logits``.
+1. Add a field to ``SamplingParams`` with its range. Its default is the value that has no effect. If the parameter
+   forbids tokens or depends on the request's earlier tokens, add it to ``changes_logits``.
 2. Apply it in ``engine/compute/sampler.py`` (one row at a time) and in ``engine/cuda/sampling.py`` (all rows at once).
 
 The gateway and the messages need no change: the gateway accepts a field of this name in requests, checks its range and
@@ -16,7 +16,7 @@ import msgspec
 
 
 class Range(NamedTuple):
-    """The allowed values of a parameter. If ``above``, values must be greater than ``lowest``."""
+    """The allowed values of a parameter, ``lowest`` to ``highest``. If ``above``, ``lowest`` itself is not allowed."""
 
     lowest: float
     highest: float | None = None
@@ -47,7 +47,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: Annotated[int | None, Range(0, 20)] = None
 
     def changes_logits(self, output_index: int) -> bool:
-        """Return whether a parameter changes the logits at this index. The sampler then needs the request's tokens."""
+        """Return whether ``min_tokens`` forbids EOS and stop tokens at this index, or a penalty is set."""
         return (
             output_index < self.min_tokens
             or self.repetition_penalty != 1.0

@@ -62,5 +62,5 @@ def forbidden_tokens(sampling: SamplingParams, index: int, eos: Iterable[int], v
 
 
 def shown_count(tokens: int, finish: str | None, include_stop: bool) -> int:
-    """Return how many of the received ``tokens`` become text: all but a stop token at the end. Used by the gateway."""
+    """Return how many of ``tokens`` new tokens become text. A final stop token counts only with ``include_stop``."""
     return tokens - 1 if finish == STOP and tokens and not include_stop else tokens

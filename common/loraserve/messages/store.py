@@ -54,7 +54,7 @@ class RegistryChanged(Message, frozen=True, tag=True, kw_only=True):
 
 
 class OpenSlab(Message, frozen=True, tag=True, kw_only=True):
-    """Request: describe a slab. Answered by SlabInfo and a raw frame with its header. Refused with ``not_found``."""
+    """Request: describe a slab. Answered by SlabInfo and a raw frame, its header. Refused if not found or corrupt."""
 
     version: str
 

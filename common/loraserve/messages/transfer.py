@@ -114,7 +114,7 @@ class RegionChunk(Message, frozen=True, tag=True, kw_only=True):
 class QueueEnd(msgspec.Struct, frozen=True, kw_only=True):
     """The parameters of one end of an RDMA connection that the other end needs.
 
-    ``mtu`` is a value of the verbs enum ``ibv_mtu``. ``reads`` is the most reads this end issues or serves at once.
+    ``mtu`` is a value of the verbs enum ``ibv_mtu``. ``reads`` limits the reads that this end issues or serves at once.
     """
 
     number: int

@@ -1,1 +1,1 @@
-"""One-sided reads of another process's memory: a common protocol and one module for each transport."""
+"""Reads of another process's memory: a common protocol and one module for each transport."""

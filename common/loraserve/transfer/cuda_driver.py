@@ -1,6 +1,6 @@
 """Calls to the CUDA driver API through ctypes. torch does not expose these calls and takes seconds to import.
 
-Each GPU's primary context is shared with torch, so both use the same addresses. Calls release the interpreter's lock.
+This module shares each GPU's primary context with torch, so addresses are valid in both. Calls release the GIL.
 """
 
 import ctypes
@@ -101,7 +101,7 @@ def current_device(device: int) -> Iterator[None]:
 
 
 def allocate(length_bytes: int, device: int) -> GpuMemory:
-    """Allocate GPU memory that shares no block with other allocations. Raises CudaCallError."""
+    """Allocate GPU memory in whole driver blocks, so that an export contains nothing else. Raises CudaCallError."""
     address = c_uint64()
     with current_device(device):
         call("cuMemAlloc_v2", ctypes.byref(address), -(-length_bytes // WHOLE_BYTES) * WHOLE_BYTES)

@@ -47,7 +47,7 @@ Copy = Callable[[int, int, int, int], None]
 
 
 def unusable_reason(device: int) -> str:
-    """Return why other processes cannot read this GPU's memory; "" if they can. It exports a trial allocation."""
+    """Return why other processes cannot read this GPU's memory; "" if they can. Exports a trial allocation."""
     try:
         trial = allocate(WHOLE_BYTES, device)
         try:
@@ -111,7 +111,7 @@ class CudaIpcReader:
         await self._read(mine, ranges, np.frombuffer(target, np.uint8).ctypes.data, _to_host)
 
     async def read_into(self, handle: Handle, ranges: Sequence[ByteRange], memory: GpuMemory, at_bytes: int) -> None:
-        """Read the ranges into GPU memory at ``at_bytes``. Work launched afterwards sees the bytes."""
+        """Read the ranges into GPU memory at ``at_bytes``. Kernels launched after this returns see the bytes."""
         mine = check_handle(handle, CudaIpcHandle, ranges)
         wanted_bytes = sum(each.length_bytes for each in ranges)
         what = describe(mine, f"{wanted_bytes} bytes")

@@ -51,7 +51,7 @@ class RegionReader(Protocol):
         ...
 
     def close(self) -> None:
-        """Release everything that belongs to peers. No read may be in progress."""
+        """Release the mappings of, and connections to, peers. No read may be in progress."""
         ...
 
 
@@ -81,7 +81,7 @@ def _are_neighbours(mine: Abilities, theirs: Abilities) -> bool:
 def check_read(
     handle: HandleBase, kind: type[KindT], ranges: Sequence[ByteRange], into: memoryview
 ) -> tuple[KindT, memoryview]:
-    """Return the handle as ``kind`` and ``into`` as plain bytes. Raises TransferError if the read is impossible."""
+    """Return the handle as ``kind`` and ``into`` as a byte view. Raises TransferError if the read is impossible."""
     return check_handle(handle, kind, ranges), _as_bytes(handle, into, sum([each.length_bytes for each in ranges]))
 
 
@@ -138,7 +138,7 @@ def describe(handle: HandleBase, what: str) -> str:
 
 
 def code_of_refusal(code: str) -> Code:
-    """Return a peer's refusal code if TransferError has it, otherwise ``refused``."""
+    """Return ``code``, from a peer's refusal, if it is a code of TransferError, otherwise ``refused``."""
     return next((each for each in get_args(Code) if each == code), "refused")
 
 

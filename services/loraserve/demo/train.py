@@ -153,7 +153,7 @@ def base_name(model_dir: Path) -> str:
 
 
 def save_adapter(model: Any, base: str, out: Path) -> None:
-    """Write the PEFT directory with bf16 weights. The config names the base model by ``base``, without local paths."""
+    """Write the PEFT directory ``out`` with bf16 weights. ``base`` is the base model's name in the config."""
     out.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model)
     weights = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in state.items()}

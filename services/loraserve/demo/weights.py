@@ -32,7 +32,7 @@ A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 def expand_rank(src_dir: Path, dst_dir: Path, rank: int, seed: int) -> None:
     """Expand the PEFT adapter in ``src_dir`` to a larger ``rank`` and write it to the existing ``dst_dir`` in float32.
 
-    The expanded adapter computes the same function. Each projection gets a random orthogonal matrix Q of shape
+    The expanded adapter gives the same outputs. Each projection gets a random orthogonal matrix Q of shape
     ``[rank, rank]``. Then A' = Q [A; 0] and B' = [B, 0] Q^T, so B' A' = B A.
     Raises AdapterError if the rank would shrink, if it differs by layer, or if the adapter is not plain LoRA.
     """

@@ -83,7 +83,7 @@ BuildRunner = Callable[[Config, Callable[[str], None]], Runner]
 
 
 class EngineService(Service):
-    """One engine. It is ready once the model is loaded and its kernels are warm."""
+    """The service of one engine. It is ready once the model is loaded and the kernels are compiled."""
 
     inbox = ToEngine
 
@@ -189,7 +189,7 @@ class EngineService(Service):
     def _handle_event(self, event: Event, rejected: dict[str, Reject] | None = None) -> None:
         """Pass an event to the scheduler and execute the returned instructions.
 
-        If ``rejected`` is given, Reject instructions are stored in it by request id and not sent to the gateway.
+        If ``rejected`` is given, Reject instructions are stored there by request id instead of being sent.
         """
         deltas: dict[str, list[TokenDelta]] = defaultdict(list)
         for instruction in self._scheduler.handle(event, self.clock.monotonic_s()):
@@ -341,7 +341,7 @@ class EngineService(Service):
             self._scheduler.validate()
             self._adapters.lender.validate()
             self._adapters.cache.validate()
-            assert self._scheduler.blocks.free == self._scheduler.limits.kv_blocks, "no request owns some KV blocks"
+            assert self._scheduler.blocks.free == self._scheduler.limits.kv_blocks, "KV blocks are used by no request"
         except AssertionError as error:
             self._leaks += 1
             self.log.error("leak", reason=str(error))

@@ -1,7 +1,7 @@
 """Builds an engine's runner and limits from the configuration, and connects the objects that load and lend adapters.
 
-Runner modules are imported inside the functions that build runners. Other processes need neither torch nor compiled
-kernels.
+Runner modules are imported inside the functions that build runners, so that other processes need neither torch nor
+compiled kernels.
 """
 
 import os
@@ -56,7 +56,7 @@ def digest_threads_for(config: Config, on_device: bool) -> int:
     """Return the number of threads that verify slabs in one engine. ``on_device``: the adapter pool is on a GPU.
 
     With a GPU, the default is half of the engine's cores. The other half launches steps, copies chunks and serves HTTP.
-    On a CPU, the default is the number of cores without a compute thread. At least one thread verifies.
+    On a CPU, the default is the engine's cores minus its compute threads. Defaults are at most MAX_DIGEST_THREADS.
     """
     of_engine = core_count() // engine_count(config)
     free = of_engine // 2 if on_device else of_engine - threads_for(config)
@@ -64,7 +64,7 @@ def digest_threads_for(config: Config, on_device: bool) -> int:
 
 
 def host_cache_bytes(config: Config, on_device: bool, memory: int | None = None) -> int:
-    """Return one engine's host cache size. Raises ConfigError if all engines' caches exceed ``memory`` bytes."""
+    """Return one engine's host cache bytes. Raises ConfigError if all caches exceed ``memory``, or without memfd."""
     wanted, engines = config.engine.host_cache_bytes, engine_count(config)
     memory = memory_limit_bytes() if memory is None else memory
     if wanted == "auto":
@@ -133,7 +133,7 @@ def gpu_error() -> str:
 
 
 def scheduler_limits(config: Config, runner: Runner) -> SchedulerLimits:
-    """Return the scheduler's limits. Raises ConfigError if settings contradict each other."""
+    """Return the scheduler's limits. Raises ConfigError if ``max_step_tokens`` is below ``max_running``."""
     engine = config.engine
     longest = config.model.max_model_tokens or runner.max_positions
     return SchedulerLimits(

@@ -79,7 +79,7 @@ class Gateway:
         return ServedModel(model, await self.registry.resolve(model))
 
     def context_tokens(self) -> int:
-        """Return the context length in tokens: the smallest limit of the model and the live engines.
+        """Return the context length in tokens: the smallest limit of configuration, model and live engines.
 
         Raises ApiError 503 while no limit is known.
         """
@@ -98,7 +98,7 @@ class Gateway:
             self.bus.send(ROUTER, Expect(adapter=model.adapter, prompt_tokens=tokens))
 
     def abort(self, engine: str, request_id: str, reason: str) -> None:
-        """Tell an engine to drop a request. ``reason`` is a label of the metric."""
+        """Tell an engine to drop a request. ``reason`` is a label of the metric that counts aborts."""
         self.metrics.aborts.labels(reason).inc()
         self.tell_story(request_id, f"aborted on {engine}: {reason}")
         self.bus.send(engine, Abort(request_id=request_id))

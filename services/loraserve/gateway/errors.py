@@ -1,4 +1,4 @@
-"""HTTP errors in OpenAI's format. Pure."""
+"""HTTP errors in OpenAI's format."""
 
 import math
 from collections.abc import Mapping
@@ -85,7 +85,7 @@ def timed_out(timeout_s: float) -> ApiError:
 
 
 def refused(code: str, message: str, retry_after_s: float = 1.0, param: str | None = None) -> ApiError:
-    """Return the error for a refusal by the router, an engine or the store. ``param`` names the prompt's field."""
+    """Return the HTTP error for a refusal by the router, an engine or the store. ``param`` is the prompt's field."""
     match code:
         case "overloaded":
             return ApiError(429, message, type_=OVERLOAD, code=code, retry_after_s=retry_after_s)

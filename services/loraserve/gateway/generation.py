@@ -76,7 +76,7 @@ class Generation:
         return sorted(self._engines)
 
     def usage(self) -> dict[str, Any]:
-        """Return OpenAI's ``usage`` object so far. A prompt with several choices counts once."""
+        """Return OpenAI's ``usage`` object for the output so far. A prompt with several choices counts once."""
         prompts = {choice.prompt: len(choice.route.prompt_tokens) for choice in self._choices}
         cached = dict.fromkeys(prompts, 0)
         for choice, stream in zip(self._choices, self._streams, strict=True):

@@ -23,7 +23,7 @@ LENGTH_BUCKETS = (1, 4, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 
 class GatewayMetrics:
     """Counters and histograms of the requests that this gateway handled.
 
-    Label values are bounded: model names come from the configuration and the registry, never from a client.
+    The number of label values is bounded: model names come from the configuration and the registry, not from clients.
     """
 
     def __init__(self, metrics: Metrics, model_name: str) -> None:
@@ -129,7 +129,7 @@ class ClusterCollector(Collector):
 def _counter_families(
     metrics: Sequence[tuple[str, str, str]], labels: Sequence[str], rows: Sequence[tuple[Sequence[str], object]]
 ) -> Iterator[Metric]:
-    """Yield one family for each (name, text, field). Each row holds label values and the object with the fields."""
+    """Yield a family for each (name, help text, field). A row is (label values, object that has the fields)."""
     for name, text, field in metrics:
         family = CounterMetricFamily(name, text, labels=labels)
         for values, counts in rows:

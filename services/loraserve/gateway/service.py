@@ -40,7 +40,7 @@ DRAIN_POLL_S = 0.02
 
 
 class GatewayService(Service):
-    """Creates and runs the gateway. ``port`` is the bound port, which is needed if gateway.port is 0."""
+    """Creates and runs the gateway. ``port`` is the bound port, even if gateway.port in the configuration is 0."""
 
     inbox = ToGateway
     starting_detail = "loading the tokenizer"

@@ -38,7 +38,7 @@ class RequestStories:
                 self._choices[known] = (*choices, attempt)
 
     def subjects(self, id_: str, adapters: Sequence[AdapterRef]) -> tuple[str, ...]:
-        """Return all subjects that ``id_`` may mean: choices of an answer, adapter names and versions.
+        """Return all ids under which events of ``id_`` may be recorded: choices, adapter names and versions.
 
         If the answer is unknown, for instance after a restart, include the id of its first choice.
         """

@@ -318,7 +318,7 @@ class StreamTable:
 
 
 class EngineReport(msgspec.Struct, frozen=True):
-    """An engine's last report from the monitor. ``reported_s`` is its time on this gateway's monotonic clock."""
+    """An engine's last report from the monitor. ``reported_s`` is the report's time on the gateway's clock."""
 
     load: EngineLoad
     capabilities: EngineCapabilities
@@ -357,7 +357,7 @@ class EngineWatch:
         self._tokens_s[engine] = (incarnation, now)
 
     def ready_engines(self, now: float) -> list[str]:
-        """Return the engines that accept requests; none after four ``dead_after_s`` without a publication."""
+        """Return the engines that accept requests, or none if the last publication is older than 4 * dead_after_s."""
         if now - self.cluster_s > 4 * self._dead_after_s:
             return []
         return [name for name, report in self.reports.items() if report.alive and report.load.state == "READY"]
@@ -380,7 +380,7 @@ class EngineWatch:
         return None
 
     def dropped(self, engine: str, incarnation: str, request_id: str, silent_since_s: float) -> bool:
-        """Return whether a report made END_LOST_AFTER_S after ``silent_since_s`` no longer lists the request."""
+        """Return whether a report later than ``silent_since_s`` + END_LOST_AFTER_S no longer lists the request."""
         report = self.reports.get(engine)
         if report is None or report.load.incarnation != incarnation:
             return False

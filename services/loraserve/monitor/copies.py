@@ -1,4 +1,4 @@
-"""Index of adapter copies. It tells an engine from which other engines it can read an adapter."""
+"""Index of adapter copies: the engines from which an engine can read an adapter."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ MAX_HOLDERS = 8
 
 
 class CopyIndex:
-    """Maps each adapter version to the engines that last reported it in their adapter pool or host cache."""
+    """Maps each adapter version to the engines that last reported a readable copy in their pool or host cache."""
 
     def __init__(self) -> None:
         self._held: dict[str, frozenset[str]] = {}
@@ -30,7 +30,7 @@ class CopyIndex:
         self._remove(engine, self._held.pop(engine, frozenset()))
 
     def holders(self, version: str, asked_by: str) -> tuple[Holder, ...]:
-        """Return at most MAX_HOLDERS other engines. Their order depends on the asker's name, to spread the reads."""
+        """Return at most MAX_HOLDERS engines with a copy, except ``asked_by``. Their order depends on its name."""
         others = [holder for name, holder in sorted(self._holders.get(version, {}).items()) if name != asked_by]
         first = sum(asked_by.encode()) % len(others) if others else 0
         return tuple((others[first:] + others[:first])[:MAX_HOLDERS])
@@ -50,9 +50,9 @@ class CopyIndex:
 
 
 def _abilities(load: EngineLoad, capabilities: EngineCapabilities) -> dict[str, Abilities | None]:
-    """Map each version on the engine to the transports by which peers can read it, or to None if they cannot.
+    """Map each adapter version on the engine to the ``Abilities`` of its memory, or to None if peers cannot read it.
 
-    For an adapter in both the pool and the host cache, return the pool's abilities if peers can read the pool.
+    An adapter in both the pool and the host cache has the pool's abilities if peers can read the pool.
     """
     abilities = capabilities.abilities
     in_pool: dict[str, Abilities | None] = {adapter.version: abilities for adapter in load.adapters.resident}

@@ -1,10 +1,10 @@
 """Demand per adapter, as rates over a window and a forecast, computed from the engines' token counters.
 
 Demand is the difference between the counters of two reports. Counters start at zero in a new incarnation of the engine
-and in a new ``span`` of a version. A version missing from a report has not changed.
+and when ``AdapterTokens.span`` changes. A version missing from a report has unchanged counters.
 
-Reports update the sums over the window incrementally, so their cost depends only on the versions that they list.
-AdapterDemand structs are cached until one of their values changes.
+A report updates the sums over the window incrementally. It visits only the versions that it lists, unless a time slot
+ends. AdapterDemand structs are cached until one of their values changes.
 """
 
 from collections import deque
@@ -40,7 +40,7 @@ class _LastReport(msgspec.Struct):
 class DemandWindow:
     """Computes the demand of all engines over a sliding window of ``window_s`` seconds. Version "" is the base model.
 
-    ``horizon_s`` is the forecast horizon, normally the planner's interval. It is at least one slot.
+    ``horizon_s`` is the forecast horizon, normally the planner's interval. It is rounded to slots, at least one.
     """
 
     def __init__(self, window_s: float, horizon_s: float = 0.0) -> None:
@@ -58,7 +58,7 @@ class DemandWindow:
         """All versions, sorted. None if the list is outdated."""
 
     def report(self, statistics: EngineStatistics, now: float) -> None:
-        """Add an engine's work since its last report to the current slot."""
+        """Add an engine's tokens since its last report to the current slot. The engine's first report adds nothing."""
         slot = self._current_slot(now)
         counters = {tokens.version: tokens for tokens in statistics.adapter_tokens}
         last = self._reports.get(statistics.engine)
@@ -77,7 +77,7 @@ class DemandWindow:
     def demand(self, now: float, adapters: dict[str, AdapterRef]) -> tuple[AdapterDemand, ...]:
         """Return the rates and forecasts of all adapters with demand or a forecast, sorted by version.
 
-        Rates are over the shorter of the window and the time since the first report.
+        Rates are averages over the window, or over the time since the first ``report`` if shorter, at least one slot.
         """
         self._current_slot(now)
         seconds = self._seconds(now)
@@ -124,7 +124,7 @@ class DemandWindow:
         self._cached.pop(version, None)
 
     def _current_slot(self, now: float) -> _Slot:
-        """Close the slots before ``now`` and return the slot that contains it."""
+        """Close the slots that ended before ``now`` and return the slot that contains ``now``."""
         if self._first_report_s is None:
             self._first_report_s = now
         if not self._slots:
@@ -162,9 +162,9 @@ class DemandWindow:
 
 
 def _difference(tokens: AdapterTokens, before: AdapterTokens | None) -> tuple[int, int, int]:
-    """Return prefill tokens, decode tokens and requests since ``before``.
+    """Return the prefill tokens, decode tokens and requests counted since ``before``.
 
-    If the engine restarted its counters since (``span`` changed), they are returned whole.
+    If ``before`` is None or has another ``span``, the counters started at zero and are returned unchanged.
     """
     if before is None or before.span != tokens.span:
         return tokens.prefill_tokens, tokens.decode_tokens, tokens.requests
@@ -176,7 +176,7 @@ def _difference(tokens: AdapterTokens, before: AdapterTokens | None) -> tuple[in
 
 
 def _update_counters(last: _LastReport, counters: dict[str, AdapterTokens]) -> None:
-    """Store a report's counters. Drops unlisted versions with a span, which continue only in a new span."""
+    """Store a report's counters. Drop versions that left the report if their counters will restart (``span`` > 0)."""
     for version in last.listed - counters.keys():
         if last.counters[version].span:
             del last.counters[version]

@@ -91,7 +91,7 @@ class Holt(Forecaster):
 
 @lru_cache
 def _mean_trend_steps(horizon_steps: int, damping: float) -> float:
-    """Return the factor of the trend in the mean forecast of h steps. It is (h + 1) / 2 without damping."""
+    """Return the factor of the trend in the mean forecast: (``horizon_steps`` + 1) / 2 if ``damping`` is 1."""
     sums = [sum(damping**step for step in range(1, steps + 1)) for steps in range(1, horizon_steps + 1)]
     return sum(sums) / horizon_steps
 
@@ -130,7 +130,7 @@ class Mixture(Forecaster):
 
 
 def _weights(squared_errors: list[float]) -> list[float]:
-    """Return weights that sum to 1. Adding 1e-6 makes errors far below one token/s count as equal."""
+    """Return weights that sum to 1, larger for smaller errors. Errors far below one token/s count as equal."""
     least = min(squared_errors) + 1e-6
     weights = [(least / (error + 1e-6)) ** WEIGHT_POWER for error in squared_errors]
     total = sum(weights)
@@ -139,16 +139,13 @@ def _weights(squared_errors: list[float]) -> list[float]:
 
 @lru_cache
 def error_gain(step_s: float, horizon_steps: int) -> float:
-    """Return the weight of a new error. Long horizons give few errors, so each error decays more slowly."""
+    """Return a new error's weight in the smoothed error. Long horizons give few errors, so each decays more slowly."""
     horizon_s = step_s * horizon_steps
     return gain(horizon_s, max(ERROR_TIME_CONSTANT_S, 4 * horizon_s))
 
 
 class TrackedForecast:
-    """Runs a forecaster and measures its errors over consecutive horizons.
-
-    ``tokens_per_s`` is the current forecast. It is stored because it is read more often than it changes.
-    """
+    """Runs a forecaster and measures its errors over consecutive horizons. ``tokens_per_s`` is the current forecast."""
 
     __slots__ = (
         "_error_gain",

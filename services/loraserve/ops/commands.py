@@ -84,7 +84,7 @@ def rebalance(arguments: argparse.Namespace, ask: Ask) -> int:
 
 
 def drain(arguments: argparse.Namespace, ask: Ask) -> int:
-    """Drain an engine and wait until it has no request and no planned copy."""
+    """Drain an engine and wait until it has no request and no planned copy. Returns 1 if any remains."""
     engine = arguments.engine
     with report_progress(f"moving the copies of {engine} to other engines"):
         done = rendering.decode(ask(f"/admin/engines/{engine_path(engine)}/drain", {}), RebalanceDone)
@@ -113,7 +113,7 @@ def undrain(arguments: argparse.Namespace, ask: Ask) -> int:
 
 
 def _wait_until_empty(engine: str, deadline_s: float, ask: Ask) -> tuple[int, int]:
-    """Poll until the engine is empty or the deadline passes. Returns the requests and planned copies left."""
+    """Poll until the engine has neither requests nor planned copies, or the deadline passes. Returns both numbers."""
     reported_s = time.monotonic()
     empty_polls = 0
     while True:
@@ -195,7 +195,7 @@ def _list_adapters(arguments: argparse.Namespace, ask: Ask) -> int:
 
 
 def store_path(text: str) -> str:
-    """Return the absolute path of an existing folder, else ``text`` unchanged.
+    """Return the absolute path if ``text`` names an existing folder, else ``text`` unchanged.
 
     The store runs in another working directory. A folder that is missing here may exist on the store's machine.
     """

@@ -31,14 +31,14 @@ class OpsError(LoraServeError):
 
 
 class GatewayAddress(NamedTuple):
-    """The URL of a gateway and its API key. With the key "" no key is sent."""
+    """The URL of a gateway and its API key. If ``api_key`` is "", requests carry no key."""
 
     url: str
     api_key: str = ""
 
 
 def exchange(gateway: GatewayAddress, path: str, body: Any = None, timeout_s: float = TIMEOUT_S) -> bytes:
-    """Send ``body`` as JSON by POST, or a GET if it is None, and return the answer. Raises OpsError on any failure."""
+    """POST ``body`` as JSON, or GET if ``body`` is None, and return the answer's body. Raises OpsError on failure."""
     url = gateway.url.rstrip("/") + path
     headers = {"Content-Type": "application/json"}
     if gateway.api_key:
@@ -68,7 +68,7 @@ def exchange(gateway: GatewayAddress, path: str, body: Any = None, timeout_s: fl
 
 
 def _http_error(gateway: GatewayAddress, path: str, status: int, content: bytes) -> OpsError:
-    """Return an OpsError with the gateway's message. The answer has none if another server listens at the URL."""
+    """Return an OpsError with the message in the answer ``content``. Servers other than a gateway send none."""
     try:
         error = json.loads(content)["error"]
         message, code = str(error["message"]), str(error.get("code") or "")
@@ -84,7 +84,7 @@ def _http_error(gateway: GatewayAddress, path: str, status: int, content: bytes)
 
 @contextmanager
 def report_progress(what: str, to: TextIO = sys.stderr, interval_s: float = PROGRESS_INTERVAL_S) -> Iterator[None]:
-    """Print ``what`` and the elapsed time every ``interval_s`` while the block runs."""
+    """Print ``what`` and the elapsed time every ``interval_s`` while the ``with`` block runs."""
     done = threading.Event()
     thread = threading.Thread(target=_print_until, args=(done, what, to, interval_s), daemon=True)
     thread.start()

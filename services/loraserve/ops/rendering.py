@@ -1,4 +1,4 @@
-"""Decodes the gateway's answers about adapters, rebalances and stories, and formats them as text."""
+"""Decodes the gateway's answers about adapters, rebalances and events, and formats them as text."""
 
 from datetime import datetime
 from typing import TypeVar
@@ -35,7 +35,7 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StoryEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """One event of a story. ``process`` is the process that recorded it."""
+    """One event of a request or an adapter. ``process`` is the process that recorded the event."""
 
     unix_s: float
     process: str
@@ -44,7 +44,7 @@ class StoryEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MergedStory(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer of /admin/story. ``entries`` is ordered by time. ``silent`` lists processes that did not answer."""
+    """The answer of /admin/story: events of ``subjects`` by time. ``silent`` lists processes that did not answer."""
 
     id: str
     subjects: tuple[str, ...]

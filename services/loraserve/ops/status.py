@@ -18,7 +18,7 @@ class GatewayState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProcessState(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer of a process to a ping."""
+    """The answer of a process to a ping. ``state`` is UNREACHABLE if it did not answer."""
 
     state: str
     detail: str = ""
@@ -26,7 +26,7 @@ class ProcessState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineState(msgspec.Struct, frozen=True, kw_only=True):
-    """The last reports of an engine. ``reads_from`` maps each peer to the usable transports, best first."""
+    """The last reports of an engine. ``reads_from`` maps other engines to the usable transports, best first."""
 
     name: str
     alive: bool
@@ -94,12 +94,12 @@ def engines(state: ClusterAnswer) -> str:
 
 
 def left_to_drain(load: EngineLoad) -> tuple[int, int]:
-    """Return the numbers of requests and of planned copies that an engine still has."""
+    """Return the number of requests and the number of planned (pinned) adapter copies of an engine."""
     return load.queue.running + load.queue.waiting, sum(adapter.pinned for adapter in load.adapters.resident)
 
 
 def engine_state(engine: EngineState, drained: bool) -> str:
-    """Return the text of the ALIVE column: DRAINING or DRAINED for a ready drained engine, else its own state."""
+    """Return the ALIVE column: a dead engine's seconds of silence, DRAINING or DRAINED, or the engine's own state."""
     if not engine.alive:
         return f"no, silent for {engine.age_s:.0f} s"
     if drained and engine.load.state == "READY":
@@ -123,7 +123,7 @@ def _engine_row(engine: EngineState, drained: bool) -> list[str]:
 
 
 def residents(state: ClusterAnswer) -> str:
-    """Return one line per engine with its adapters as ``name:rank``. A star marks a pinned adapter."""
+    """Return a title and one line per engine: resident (``name:rank``, * if pinned) and loading adapters."""
     if not state.engines:
         return ""
     lines = ["RESIDENT (adapter:rank, * pinned)"]
@@ -139,7 +139,7 @@ def residents(state: ClusterAnswer) -> str:
 
 
 def reads(state: ClusterAnswer) -> str:
-    """Return a table of adapter reads between engines, including pairs that have not read yet."""
+    """Return a table of each engine's adapter reads by source, including engines that it has not read from yet."""
     rows = []
     for engine in state.engines:
         done = {(read.source, read.transport): read for read in engine.counters.reads}

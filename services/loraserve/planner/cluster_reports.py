@@ -13,7 +13,7 @@ FORGET_ENGINE_S = 5.0
 
 
 class ClusterReports:
-    """The last reports of monitor and store. Updates replace the dict ``adapters`` (by version), never change it."""
+    """The last reports of monitor and store. Updates replace ``adapters`` (by version) and never change it in place."""
 
     def __init__(self) -> None:
         self.demand: tuple[AdapterDemand, ...] = ()
@@ -40,15 +40,15 @@ class ClusterReports:
         self._registry_known = True
 
     def ready_engines(self) -> list[EngineLoad]:
-        """Return the last loads of the engines that are alive and READY, sorted by name."""
+        """Return the last ``EngineLoad`` of each engine last reported alive and READY, sorted by engine name."""
         return [seen.load for _, seen in sorted(self._ready.items())]
 
     def engine_names(self) -> set[str]:
-        """Return the names of all engines reported within ``FORGET_ENGINE_S``, ready or not."""
+        """Return the names of engines, ready or not, reported at most ``FORGET_ENGINE_S`` before the last report."""
         return set(self._named_s)
 
     def missing(self) -> str:
-        """Return why no plan can be made yet, or "" if one can."""
+        """Return the reason why no plan can be made yet, or "" if a plan can be made."""
         if not self._ready:
             return "no engine is ready"
         # If the registry is unknown, every planned adapter looks unregistered.
@@ -57,7 +57,7 @@ class ClusterReports:
     def plan_input(
         self, current: Sequence[Placement], cost: CostModel, settings: PlanSettings
     ) -> tuple[PlanInput, str]:
-        """Return the input of the placement policy, and a problem to report or "".
+        """Return the input of the placement policy, and the description of a problem ("" if there is none).
 
         If all ready engines are drained, the input treats them as not drained.
         """

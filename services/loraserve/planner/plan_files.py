@@ -32,15 +32,15 @@ class PlanFiles:
         return self._read(PLAN_NAME, Plan)
 
     def read_drained(self) -> frozenset[str]:
-        """Return the drained engines, or an empty set if the file is missing or unreadable."""
+        """Return the drained engines; none if the file is missing or unreadable. Renames an unreadable file."""
         return self._read(DRAINED_NAME, frozenset[str]) or frozenset()
 
     def write_plan(self, plan: Plan) -> None:
-        """Replace the plan. Raises OSError if the write fails; the file then keeps the old plan."""
+        """Replace the plan on disk. Raises OSError if the write fails; the file then keeps the old plan."""
         self._write(PLAN_NAME, plan)
 
     def write_drained(self, engines: Iterable[str]) -> None:
-        """Replace the drained engines. Raises OSError if the write fails; the file then keeps the old ones."""
+        """Replace the list of drained engines on disk. Raises OSError and keeps the old list if the write fails."""
         self._write(DRAINED_NAME, sorted(engines))
 
     def _read(self, name: str, kind: type[T]) -> T | None:

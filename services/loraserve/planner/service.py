@@ -81,7 +81,7 @@ class PlannerService(Service):
         """By epoch, the future that completes when the roll-out ends."""
 
     async def start(self, stack: AsyncExitStack) -> None:
-        """Raises ConfigError if a pin names an engine that does not exist."""
+        """Read plan and drained engines from disk. Raises ConfigError if a pin names an engine that does not exist."""
         check_pins(self.config)
         self._rollout = Rollout(self._files.read_plan() or NO_PLAN)
         self.story = self._rollout.story
@@ -166,11 +166,10 @@ class PlannerService(Service):
         return done
 
     def _drain_is_pending(self) -> bool:
-        """Return whether the plan in force was made for other drained engines than the current ones."""
+        """Return whether the drained engines differ from those for which the plan in force was made."""
         return self._drained != frozenset(self._rollout.plan.drained)
 
     async def _rebalance(self, dry_run: bool) -> RebalanceDone:
-        """Make a plan and, unless it is a dry run, roll it out."""
         async with self._planning:
             missing = self._reports.missing()
             if missing:
@@ -205,7 +204,7 @@ class PlannerService(Service):
         return RebalanceDone(plan=self._rollout.plan, moves=(), applied=False, message=message, failed=failed)
 
     def _placements(self) -> tuple[Placement, ...]:
-        """Return the placements in force. If the plan was lost, return the copies that engines hold pinned."""
+        """Return the placements in force. If the plan was lost, return the pinned copies of the ready engines."""
         plan = self._rollout.plan
         if plan.epoch:
             return plan.placements
@@ -232,7 +231,6 @@ class PlannerService(Service):
         )
 
     async def _roll_out(self, placements: tuple[Placement, ...], inputs: PlanInput) -> events.RolloutEnded:
-        """Roll out the placements, and wait until the roll-out ends."""
         begin = events.Begin(placements, inputs.adapters, self._drained, self.clock.unix_s())
         epoch = self._rollout.epoch + 1
         end: asyncio.Future[events.RolloutEnded] = asyncio.get_running_loop().create_future()

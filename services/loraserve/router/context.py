@@ -27,8 +27,8 @@ class PlannedCopies:
 class Slo(msgspec.Struct, frozen=True):
     """The target of the time to first token (TTFT).
 
-    The router refuses a request if every engine needs more than ``reject_factor`` times the target
-    (``policy._reject_overloaded``).
+    The router refuses a request if its predicted TTFT at every engine exceeds ``reject_factor`` times the target (exact
+    rule: ``policy._reject_overloaded``).
     """
 
     ttft_s: float
@@ -77,7 +77,7 @@ class Prediction(msgspec.Struct, frozen=True, gc=False):
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):
-    """An engine that can serve the request, its predicted time to first token, and why it was chosen.
+    """An engine that can serve the request, its predicted TTFT in seconds (``predicted_s``), and why it was chosen.
 
     ``why`` is one of:
 

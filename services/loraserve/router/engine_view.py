@@ -16,14 +16,14 @@ TIMEOUTS_TO_AVOID = 2
 FIRST_AVOIDANCE_S = 0.5
 MAX_AVOIDANCE_S = 8.0
 CONTINUATION = 0.5
-"""Assumed share of running requests that another request of their rank follows. A larger share sends fewer requests to
-an engine whose load exceeds the plan's demand. A smaller share follows the plan longer."""
+"""Assumed fraction of running requests that a request of equal rank follows. A larger value sends fewer requests to an
+engine whose load exceeds the plan's demand. A smaller value follows the plan longer."""
 IDLE_STEP_S = 0.02
 """Assumed decode step of an engine that has not decoded yet."""
 
 
 class PendingRequest(msgspec.Struct, frozen=True, gc=False):
-    """A request that this router sent and no report has counted yet. ``tokens`` of its prompt need prefill."""
+    """A request that this router sent and no report has counted yet. ``tokens``: prompt tokens that need prefill."""
 
     tokens: int
     version: str
@@ -45,12 +45,12 @@ class AdapterMix(msgspec.Struct, frozen=True, gc=False):
     """Slab bytes and ranks of the adapters of an engine's requests.
 
     Attributes:
-        slab_bytes: Sum over the adapters of running requests.
-        rank_sum: Sum over running requests.
+        slab_bytes: Sum of the slabs of the adapters that running requests use.
+        rank_sum: Sum of the ranks of running requests.
         running_rank: The largest rank of running requests.
         largest_rank: The largest rank of running and waiting requests.
-        expected_rank: The estimated mean over time of the largest rank in a batch; None if the plan has no copy there.
-            A large rank that is rarely requested hardly raises it.
+        expected_rank: The estimated mean over time of the largest rank in a batch. A rarely requested large rank
+            hardly raises it. None if the plan has no copy on the engine.
     """
 
     slab_bytes: int = 0
@@ -86,14 +86,14 @@ class EngineView(msgspec.Struct):
         column: The engine's column in the price table; -1 if it takes no requests.
         active: Adapters of requests that run or wait there, without pending requests.
         adapters: Slab bytes and ranks of the active adapters.
-        listed: Versions for which ``ClusterView.engines_near`` lists this engine.
+        listed: Versions for which ``ClusterView.engines_with`` lists this engine.
         largest_extent_bytes: The largest extent that its pool can ever provide.
         room_bytes: The largest extent that its pool can provide now.
         pending: Requests that no report has counted yet, in the order in which they were sent.
-        expected: When the engine was told to expect each adapter version, oldest first.
-        timeouts: Number of consecutive requests that the engine did not answer.
+        expected: By adapter version, when the router told the engine to load the adapter, oldest first.
+        timeouts: Number of unanswered requests since the engine last admitted a request.
         avoided_since_s: When the engine began to be avoided because of timeouts; None if it is not avoided.
-        avoidance_s: Seconds of avoidance after which a report of the live engine ends it.
+        avoidance_s: Seconds after which a report of the live engine ends the avoidance.
         drained: Whether the plan drains the engine.
     """
 
@@ -147,8 +147,8 @@ class EngineView(msgspec.Struct):
     ) -> None:
         """Replace the last report. A new incarnation also clears pending requests, expected adapters and timeouts.
 
-        ``known`` are the reported requests whose adapter is known. ``decoded`` is the demand for one copy of each
-        adapter version, in decoded tokens per second; empty if unknown.
+        ``known`` are the reported requests. Those without a known adapter are ignored. ``decoded``: by adapter
+        version, the decoded tokens/s per engine with the adapter, from the monitor's demand; empty if unknown.
         """
         load = seen.load
         if load.incarnation != self.load.incarnation:
@@ -185,14 +185,14 @@ class EngineView(msgspec.Struct):
         self.expected = {version: since_s for version, since_s in self.expected.items() if since_s >= before_s}
 
     def clear_adapters(self) -> None:
-        """Forget the adapters of an engine that restarted since its last report: its pool is empty."""
+        """Forget the adapters of an engine that restarted since its last report, because its pool is now empty."""
         self.resident = self.loading = self.active = frozenset()
         self.expected = {}
         self.adapters = AdapterMix()
         self._recount_pending()
 
     def record_timeout(self, now: float) -> None:
-        """Count an unanswered request. After ``TIMEOUTS_TO_AVOID`` consecutive ones the engine is avoided."""
+        """Count an unanswered request. After ``TIMEOUTS_TO_AVOID`` unanswered requests the engine is avoided."""
         self.timeouts += 1
         if self.timeouts >= TIMEOUTS_TO_AVOID and self.avoided_since_s is None:
             self.avoided_since_s = now
@@ -241,10 +241,10 @@ class EngineView(msgspec.Struct):
 
 
 def mean_largest_rank(sequences: Mapping[int, float]) -> float:
-    """Return the mean over time of the largest rank in a batch; ``sequences`` is the mean number by rank.
+    """Return the mean over time of the largest rank in a batch. ``sequences``: by rank, their mean number.
 
     Sequences are assumed to arrive independently (Poisson). If n is the mean number of sequences of rank r or more,
-    none is present for a share exp(-n) of the time. The mean largest rank is the integral over r of 1 - exp(-n).
+    none is present for a fraction exp(-n) of the time. The mean largest rank is the integral over r of 1 - exp(-n).
     """
     above, largest = 0.0, 0.0
     for rank, below in pairwise([*sorted(sequences, reverse=True), 0]):

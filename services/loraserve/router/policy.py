@@ -11,7 +11,7 @@
 ``route_by_shares`` (setting ``shares``) is the LoRAServe paper's routing. It draws a planned copy in proportion to the
 traffic shares and ignores queues.
 
-An engine that the plan drains or that does not answer is a *fallback*. The router asks it after all other engines.
+An engine drained by the plan or avoided after two timeouts is a *fallback*. The router asks it after all others.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,23 +32,23 @@ Mask: TypeAlias = npt.NDArray[np.bool_]
 RoutingPolicy: TypeAlias = Callable[[RoutingContext], Candidates | Rejected]
 
 MAX_CANDIDATES = 4
-"""Maximum number of engines to ask. Each timeout takes a second, and gateways wait only for a limited time."""
+"""Maximum number of engines to ask. Each timeout takes ``router.admit_timeout_s``, and gateways do not wait long."""
 TIE_SHARE = 0.05
-"""The share in ``break_ties``. The error of predictions is larger."""
+"""Scores within this fraction of the predicted TTFT count as equal. Predictions are less exact."""
 MIN_TIE_S = 5e-5
 FALLBACK_PENALTY_S = 1e9
 """Added to a fallback engine's score for each level of ``EngineView.fallback_level``."""
 
 
 def route_by_prediction(context: RoutingContext) -> Candidates | Rejected:
-    """Return the engines with the best scores, or a refusal."""
+    """Return the engines to ask, best score first, or a refusal."""
     slo, table = context.slo, context.view.prices(context.cost)
     scores = _filter_and_score(context, table)
     if isinstance(scores, Rejected):
         return scores
     ranked = put_fallbacks_last(scores.score, table)
     best = int(ranked.argmin())
-    # Usually the engine with the best score meets the limit. Then the engine with the lowest TTFT meets it too.
+    # If the engine with the best score is in time, no refusal is possible, so the check is skipped.
     if table.fallbacks or scores.ttft_s.item(best) > slo.ttft_s * slo.reject_factor:
         refusal = _reject_overloaded(scores, table, context.cost, slo)
         if refusal is not None:
@@ -60,8 +60,8 @@ def route_by_prediction(context: RoutingContext) -> Candidates | Rejected:
 def route_by_shares(context: RoutingContext) -> Candidates | Rejected:
     """Return the engines with planned copies in an order drawn by their shares, then other engines in random order.
 
-    Fallback engines come last. If a planned copy is not loaded yet, the request starts its load. The scores are used
-    only in logs.
+    Fallback engines come last. If a planned copy is not loaded yet, the request starts its load. The scores only
+    exclude engines that cannot serve the request, and appear in logs.
     """
     table = context.view.prices(context.cost)
     scores = _filter_and_score(context, table)
@@ -188,8 +188,8 @@ def break_ties(ranked: Array, best: int, scores: Scores, table: PriceTable, rng:
 def _draw_by_share(columns: Sequence[int], shares: Mapping[int, float], rng: Rng) -> list[int]:
     """Return up to ``MAX_CANDIDATES`` columns.
 
-    Columns with shares come first, drawn in proportion to them, and the others keep their order. If no column has a
-    share, all are drawn uniformly.
+    Columns with a share come first, drawn in proportion to their shares. The others follow in the given order. If no
+    column has a share, the order is uniformly random.
     """
     planned = [column for column in columns if column in shares]
     if planned:
@@ -206,9 +206,10 @@ def _draw_by_share(columns: Sequence[int], shares: Mapping[int, float], rng: Rng
 def _candidates(
     context: RoutingContext, table: PriceTable, scores: Scores, columns: Sequence[int], ranked: Array | None
 ) -> Candidates:
-    """Return the candidates: an engine that already runs the request, then ``columns``, then others by ``ranked``.
+    """Return the candidates: an engine that already runs the request, then ``columns``, then others by score.
 
-    If ``ranked`` is None, there are no others. Candidates after the first are computed on demand.
+    ``ranked`` are the scores of the others. If it is None, there are no others. Candidates after the first are computed
+    on demand.
     """
     first = _column_of_running(context.view, scores)
     if first is not None:
@@ -254,7 +255,7 @@ def _why(column: int, scores: Scores) -> str:
 
 
 def _prefix_decided(column: int, table: PriceTable, scores: Scores, cost: CostModel) -> bool:
-    """Return whether another engine would have a better score if no engine had cached a prefix of the prompt."""
+    """Return whether the engine is best only due to a cached prefix: without caches, another would be better."""
     if column not in scores.cached_tokens:
         return False
     tokens = prefill_tokens(scores.request, table, {})
@@ -270,7 +271,7 @@ def _prefix_decided(column: int, table: PriceTable, scores: Scores, cost: CostMo
 
 
 def placeholder_request(expect: Expect) -> Route:
-    """Return a stand-in for an announced request: its prompt has the announced length and unknown tokens."""
+    """Return a stand-in for an announced request: its prompt has the announced length and invalid tokens."""
     return Route(
         request_id="",
         gateway="",

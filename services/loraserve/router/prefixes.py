@@ -43,7 +43,7 @@ class PrefixMemory:
         return self._found
 
     def record_sent(self, engine: str, request: Route) -> None:
-        """Record that the request was sent to the engine, whose KV cache will then hold the whole prompt."""
+        """Record that the request was sent to the engine, whose KV cache will then hold the prompt."""
         number = self._number_of(engine)
         self._set_request(request)
         self._found = None
@@ -58,7 +58,7 @@ class PrefixMemory:
             del self._engines_of[next(iter(self._engines_of))]
 
     def forget(self, engine: str) -> None:
-        """Forget the prefixes of an engine that lost its KV cache. Table entries with its old number become invalid."""
+        """Forget the prefixes of an engine that lost its KV cache. Look-ups ignore its old entries in the table."""
         number = self._numbers.pop(engine, None)
         if number is not None:
             del self._names[number]

@@ -1,7 +1,7 @@
 """Prices of engines: the parts of a request's cost that do not depend on the request.
 
 ``prices_of`` computes one engine's prices. ``PriceTable`` keeps the prices of all ready engines as numpy columns, so
-that all engines are scored at once. It recomputes an engine's prices after a report or a sent request.
+that all engines are scored at once. ``refresh`` recomputes an engine's prices after a report or a sent request.
 """
 
 from collections.abc import Sequence
@@ -21,18 +21,18 @@ T = TypeVar("T", float, Array)
 
 INFINITY = float("inf")
 ENGINE_TIME_WEIGHT = 0.5
-"""Score of a second of an idle engine's time, in seconds of TTFT. Engine time delays the tokens of running requests and
+"""Seconds added to the score per second of an idle engine's time. Engine time delays the tokens of running requests and
 the first token of the next request."""
 FULLNESS_WEIGHT = 1.0
-"""The score of engine time grows by this times f**2 / (1 - f), like a queue. The engine's fullness f is from 0 to 1.
+"""The weight of engine time grows by this times f**2 / (1 - f), like a queue. The engine's fullness f is from 0 to 1.
 
 Prefill runs before decode, so requests wait only when batch places or KV memory are used up. Wasted engine time
 delays requests only then."""
 MAX_FULLNESS = 0.98
 """Upper bound of an engine's fullness f, which keeps 1 / (1 - f) finite."""
 FOLLOWER_WEIGHT = 1.0
-"""Score of a second of engine time for each request that arrives before the engine's queue is empty: that request waits
-a second longer."""
+"""Seconds added to the score per second of engine time, for each request that arrives before the queue is empty: that
+request waits a second longer."""
 
 
 class Prices(msgspec.Struct, Generic[T], frozen=True, gc=False):
@@ -51,10 +51,10 @@ class Prices(msgspec.Struct, Generic[T], frozen=True, gc=False):
         step_rank_s: Time that each unit of the largest rank adds to a step; 0 with exact cost.
         rank: The largest rank among running and waiting requests.
         usual_rank: The mean largest rank (``AdapterMix.expected_rank``), or ``rank`` if the plan has no copy there.
-        widening_s: Engine time that a mean request costs for each unit of rank by which it raises the largest rank.
-        engine_time_weight: Score of a second of engine time, including the delay of requests that arrive while the
-            engine has a queue. It is high for full engines, because their throughput depends only on the engine time
-            of each request.
+        widening_s: Delay of other requests by a request of mean length, per unit by which it raises the largest rank.
+        engine_time_weight: Seconds added to the score per second of engine time. It includes the delay of requests that
+            arrive while the engine has a queue. It is high for full engines, because their throughput depends only on
+            the engine time of each request.
         load_base_s: Fixed time of a load. Like ``load_byte_s``, it includes the wait for earlier loads.
         room_bytes: The largest extent that the pool can provide now.
         room_wait_s: Wait for an extent larger than ``room_bytes``.
@@ -91,7 +91,7 @@ class PriceInputs(NamedTuple):
 
     ``mean_output_tokens`` predicts when running requests end. ``requests_per_s`` is the arrival rate of the whole
     cluster, and ``engine_requests_per_s`` that of one engine on average. ``mean_sequences`` is the mean number of
-    sequences on an engine. An engine with fewer sequences is assumed to reach this number again.
+    sequences on an engine. Engines with fewer sequences are assumed to reach this number again.
     """
 
     cost: CostModel
@@ -248,19 +248,19 @@ def fitting_tokens(prices: Prices[float]) -> float:
 
 
 def sequences_at(engine: EngineView) -> int:
-    """Return the number of sequences that will decode in the steps with the next request's prefill.
+    """Return how many sequences the engine will decode while it computes the next request's prefill.
 
-    Waiting requests are included, because they will have started by then.
+    Waiting and pending requests are included, because they start before the next request.
     """
     max_running = engine.capabilities.max_running
     return min(engine.requests, max_running) if max_running > 0 else engine.requests
 
 
 def slowness_of(engine: EngineView, cost: CostModel) -> float:
-    """Return the factor by which the engine's decode steps take longer than the cost model predicts, at least 1.
+    """Return the factor (1 or more) by which the engine's decode steps take longer than the cost model predicts.
 
-    The engine measures its last steps without prefill. Busy engines rarely have such steps, so the measurement may be
-    from a time with fewer requests. A busy engine would then look fast, so factors below 1 are ignored.
+    The engine measures steps without prefill. A busy engine rarely has such steps, so its last measurement may be from
+    a time with fewer requests. The engine would then look too fast, so a factor below 1 is replaced by 1.
     """
     load, adapters = engine.load, engine.adapters
     if load.queue.running <= 0 or not _is_measured(load.speed.decode_step_s):
@@ -307,14 +307,14 @@ def _step_prices(engine: EngineView, inputs: PriceInputs, sequences: int, rank: 
 
 
 def _place_wait_s(engine: EngineView, request_s: float) -> float:
-    """Return the wait for a place in the batch if each running request takes ``request_s``."""
+    """Return the wait in seconds for a place in the batch, if each running request takes ``request_s``."""
     max_running = engine.capabilities.max_running
     excess = engine.requests + 1 - max_running
     return excess / max_running * request_s if max_running > 0 and excess > 0 else 0.0
 
 
 def _engine_time_weight(engine: EngineView) -> float:
-    """Return the score of a second of engine time for the running requests, which grows with the engine's fullness."""
+    """Return the part of ``Prices.engine_time_weight`` that grows as places in the batch or KV blocks are used up."""
     load, limits = engine.load, engine.capabilities
     places = load.queue.running / limits.max_running if limits.max_running > 0 else 0.0
     blocks = 1 - load.memory.kv_blocks_free / limits.kv_blocks if limits.kv_blocks > 0 else 0.0
@@ -323,7 +323,7 @@ def _engine_time_weight(engine: EngineView) -> float:
 
 
 def _load_byte_s(load: EngineLoad, cost: CostModel) -> float:
-    """Return the measured load time per byte without the fixed time of a load, or else the cost model's."""
+    """Return the seconds of loading per byte, without the fixed time of a load: measured, or else predicted."""
     mean = load.speed.load
     if mean is None or not (_is_measured(mean.bytes_per_s) and _is_measured(mean.slab_bytes)):
         return cost.load_byte_s
@@ -338,8 +338,8 @@ def _is_measured(value: float) -> bool:
 def _pace(load: EngineLoad, full_token_s: float, slowness: float) -> float:
     """Return the factor by which steps with prefill take longer than the cost model predicts.
 
-    Small chunks lower the measured prefill rate even on a fast engine. So the factor is limited to ``slowness``, which
-    is measured in decode steps.
+    Small chunks lower the measured prefill rate even on a fast engine. The factor is therefore at most ``slowness``
+    (result of ``slowness_of``), which is measured in decode steps.
     """
     if not _is_measured(load.speed.prefill_tokens_per_s):
         return slowness

@@ -21,7 +21,7 @@ from loraserve.router.prices import Array, PriceTable
 from loraserve.router.view import ClusterView
 
 LOAD_WEIGHT = 1.5
-"""Score of a second of loading, in addition to TTFT, because a load takes pool space and bandwidth from others."""
+"""Seconds added to the score per second of loading, besides TTFT: a load takes pool space and bandwidth from others."""
 _LOAD_WEIGHT, _ONE = np.array(LOAD_WEIGHT), np.array(1.0)
 # Numbers become arrays here and below: for few engines, numpy combines two arrays in half the time of array and float.
 PRIOR_STEPS = 0.5
@@ -29,7 +29,7 @@ PRIOR_STEPS = 0.5
 
 
 class AdapterColumns(msgspec.Struct, frozen=True, gc=False):
-    """The columns of engines where the request's adapter is resident, is loading or is used by other requests."""
+    """The engines (columns of the price table) where the adapter is resident, loading or used by other requests."""
 
     resident: list[int]
     loading: list[int]
@@ -39,8 +39,8 @@ class AdapterColumns(msgspec.Struct, frozen=True, gc=False):
 class Scores(msgspec.Struct, frozen=True, gc=False):
     """The scores of a request by column, and the values from which they are computed.
 
-    ``Prediction`` explains the times. ``shares`` are the traffic shares of planned copies. The arrays and ``engines``
-    are copies, so they stay as they are when the price table changes.
+    ``Prediction`` explains the times. ``shares`` are the traffic shares of planned copies. Later changes of the price
+    table do not change the arrays and ``engines``.
     """
 
     score: Array
@@ -93,7 +93,7 @@ def adapter_columns(request: Route, view: ClusterView) -> AdapterColumns:
     if request.adapter is None:
         return columns
     version = request.adapter.version
-    for engine in view.engines_near(version).values():
+    for engine in view.engines_with(version).values():
         if engine.column < 0:
             continue
         is_pending = version in engine.pending_adapters.versions
@@ -109,7 +109,7 @@ def adapter_columns(request: Route, view: ClusterView) -> AdapterColumns:
 def prefill_seconds(
     request: Route, columns: AdapterColumns, table: PriceTable, cost: CostModel, tokens: Array
 ) -> tuple[Array, Array]:
-    """Return ``step_s`` and ``own_s``: the time of the steps that carry ``tokens`` of prefill, without and with it.
+    """Return by column the time of the steps that prefill ``tokens``: ``step_s`` without, ``own_s`` with these tokens.
 
     A step holds a limited number of tokens. Every running sequence of the engine also decodes in each of these steps.
     """
@@ -135,9 +135,9 @@ def engine_seconds(request: Route, columns: AdapterColumns, table: PriceTable, c
     """Return the engine time of the request until its end: its own work, and the delay of other requests.
 
     ``tokens`` is the number of prompt tokens that need prefill. With padded cost, each step is padded to its largest
-    rank, so a higher rank slows the other requests. Their rank is ``usual_rank``, a mean over time. The current largest
-    rank would make an engine with a single large adapter attract more requests of that rank and stay slow. With exact
-    cost, each step reads the request's slab, unless another request uses the same adapter.
+    rank, so a higher rank slows the other requests. Their largest rank is taken to be ``Prices.usual_rank``, a mean
+    over time. If it were the current largest rank, an engine with one large adapter would attract more requests of that
+    rank and stay slow. With exact cost, each decode step reads the slab, unless another request uses the adapter.
     """
     engine_s: Array
     prices, adapter, prompt_tokens = table.columns, request.adapter, len(request.prompt_tokens)
@@ -166,7 +166,7 @@ def engine_seconds(request: Route, columns: AdapterColumns, table: PriceTable, c
 
 
 def prefill_tokens(request: Route, table: PriceTable, cached: Mapping[int, int]) -> Array:
-    """Return how many prompt tokens need prefill, by column. A single number holds for all engines."""
+    """Return how many prompt tokens need prefill: by column, or one number for all if no prefix is cached."""
     tokens = np.array(float(len(request.prompt_tokens)))
     if not cached:
         return tokens

@@ -129,7 +129,7 @@ class RouterService(Service):
                 await self._has_view.wait()
 
     def _prefetch(self, expect: Expect) -> None:
-        """Tell an engine to load the adapter of a request that will arrive soon."""
+        """With the policy ``predicted``, tell an engine to load the adapter of a request that will arrive soon."""
         now = self.clock.monotonic_s()
         self._view.expire_pending(now)
         if self.config.router.policy != "predicted":
@@ -140,7 +140,7 @@ class RouterService(Service):
             self.bus.send(engine, ExpectAdapter(adapter=expect.adapter))
 
     async def _ask_candidates(self, request: Route, candidates: Iterable[Candidate]) -> Routed | Rejected:
-        """Ask the candidates in turn until one admits the request, or gives a refusal that holds for every engine."""
+        """Ask the candidates in turn until one admits the request or refuses with a code not in ``ENGINE_REFUSALS``."""
         refusal = Rejected(request_id=request.request_id, code="no_engine", message="no engine answered; try again")
         for candidate in candidates:
             if refusal.code == "overloaded" and candidate.engine in self._view.drained:

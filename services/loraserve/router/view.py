@@ -1,8 +1,8 @@
 """The router's view of the cluster: the monitor's last snapshot (``ClusterLoad``) and this router's later actions.
 
 Requests that were sent after the last snapshot count as load. Otherwise a burst of requests would go to the single
-engine that looked best in that snapshot. If the monitor is silent, the last snapshot stays valid. Engines that do not
-answer requests are asked last.
+engine that looked best in that snapshot. If the monitor is silent, the last snapshot stays valid. Engines are asked
+last after two timeouts.
 """
 
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ class ClusterView:
         self.requests_per_s = 0.0
         self.prefixes = PrefixMemory() if prefix_cache else None
         self._prices = PriceTable()
-        self._engines_near: dict[str, dict[str, EngineView]] = {}
+        self._engines_with: dict[str, dict[str, EngineView]] = {}
         self._last_snapshot: tuple[str, int] = ("", 0)
         self._oldest_pending_s = float("inf")
         """A lower bound of ``EngineView.oldest_s`` of all engines."""
@@ -64,7 +64,7 @@ class ClusterView:
             return False
         self._last_snapshot = snapshot.incarnation, snapshot.sequence
         demand = [d for d in snapshot.demand if isfinite(d.requests_per_s) and isfinite(d.decode_tokens_per_s)]
-        decoded = {d.version: d.decode_tokens_per_s / max(1, len(self.engines_near(d.version))) for d in demand}
+        decoded = {d.version: d.decode_tokens_per_s / max(1, len(self.engines_with(d.version))) for d in demand}
         for seen in snapshot.engines:
             self._apply_report(seen, now - seen.age_s, now, decoded)
         reported = {seen.load.engine for seen in snapshot.engines}
@@ -88,9 +88,9 @@ class ClusterView:
         self._prices.refresh(cost, self.mean_output_tokens, self.requests_per_s)
         return self._prices
 
-    def engines_near(self, version: str) -> Mapping[str, EngineView]:
-        """Return all engines that hold, load, expect or use the adapter, by name, and possibly some that did before."""
-        return self._engines_near.get(version, {})
+    def engines_with(self, version: str) -> Mapping[str, EngineView]:
+        """Return by name the engines that hold, load, expect or have requests for the adapter. May be outdated."""
+        return self._engines_with.get(version, {})
 
     def cached_tokens(self, request: Route) -> Mapping[int, int]:
         """Return how many prompt tokens the prefix caches of ready engines probably hold, by the engine's column."""
@@ -147,7 +147,8 @@ class ClusterView:
     def record_timeout(self, engine: str, request_id: str, now: float) -> None:
         """Record that the engine did not answer.
 
-        After two consecutive timeouts it is asked last, until it answers or a later report shows that it is alive.
+        After two timeouts the engine is asked last, until it admits a request or a report ``EngineView.avoidance_s``
+        later shows that it is alive.
         """
         self.story.tell(request_id, now, f"no answer from {engine}")
         view = self.engines.get(engine)
@@ -171,7 +172,7 @@ class ClusterView:
         """Raise AssertionError if a sum or an index is wrong or a table is too large."""
         for name, view in self.engines.items():
             self._validate_engine(name, view)
-        for version, views in self._engines_near.items():
+        for version, views in self._engines_with.items():
             assert views, f"{version} is listed for no engine"
             assert all(self.engines.get(name) is view for name, view in views.items()), f"{version}: a lost engine"
         ready = [view.name for view in self.ready_engines()]
@@ -196,7 +197,7 @@ class ClusterView:
         avoided = view.avoided_since_s is not None
         assert not avoided or view.timeouts >= TIMEOUTS_TO_AVOID, f"{name} is avoided without reason"
         assert _versions_at(view) <= view.listed, f"{name} is not listed for all that it has"
-        assert all(self.engines_near(version).get(name) is view for version in view.listed), f"{name} is not listed"
+        assert all(self.engines_with(version).get(name) is view for version in view.listed), f"{name} is not listed"
 
     def _apply_report(self, seen: EngineSeen, reported_s: float, now: float, decoded: Mapping[str, float]) -> None:
         load = seen.load
@@ -226,14 +227,14 @@ class ClusterView:
         view.listed = versions
 
     def _list(self, view: EngineView, version: str) -> None:
-        self._engines_near.setdefault(version, {})[view.name] = view
+        self._engines_with.setdefault(version, {})[view.name] = view
         view.listed.add(version)
 
     def _unlist(self, view: EngineView, version: str) -> None:
-        views = self._engines_near[version]
+        views = self._engines_with[version]
         del views[view.name]
         if not views:
-            del self._engines_near[version]
+            del self._engines_with[version]
 
     def _forget_engine(self, name: str) -> None:
         view = self.engines.pop(name)
@@ -260,7 +261,7 @@ class ClusterView:
             del self.running[next(iter(self.running))]
 
     def _drop_ended(self) -> None:
-        """Forget requests whose engine is lost or does not list them in a later report."""
+        """Forget requests whose engine is unknown or not alive, or whose engine's later report does not list them."""
         reported = {name: set(view.load.queue.request_ids) for name, view in self.engines.items()}
         for request_id, request in list(self.running.items()):
             view = self.engines.get(request.engine)

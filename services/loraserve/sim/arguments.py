@@ -1,6 +1,6 @@
 """The flags of scripts/simulate, their checks, and the runs that they describe.
 
-An invalid flag raises ConfigError with the flag's name before any simulation runs.
+Invalid flags are found before any simulation runs. They raise ConfigError, or SystemExit if argparse finds them.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def _add_cluster_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def spec_of(arguments: argparse.Namespace) -> RunSpec:
-    """Return the run that the flags describe, at the load of --rps."""
+    """Return the run that the flags describe, at the request rate of --rps."""
     return RunSpec(
         source=_source(arguments),
         policy=DEFAULT_POLICY,
@@ -146,7 +146,6 @@ def policies_of(arguments: argparse.Namespace) -> list[str]:
 
 
 def loads_of(arguments: argparse.Namespace) -> list[float]:
-    """Return the loads of a sweep (--loads) in requests/s."""
     try:
         loads = [float(text) for text in arguments.loads.split(",")] if arguments.loads else []
     except ValueError as error:
@@ -187,7 +186,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _profile(arguments: argparse.Namespace) -> Profile:
-    """Return the profile of --profile for the LoRA cost of --cost; a derived profile is shipped for each cost."""
+    """Return the profile named by --profile with the LoRA cost of --cost. Raises ConfigError if there is none."""
     name: str = arguments.profile
     padded = name.removesuffix("-padded") + "-padded"
     if arguments.cost == "padded" and (SHIPPED / f"{padded}.json").exists():

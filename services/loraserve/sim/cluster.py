@@ -74,7 +74,7 @@ class Simulation(EngineListener):
         self._arrivals_start_s = 0.0
 
     def run(self, progress: Callable[[float], None] = lambda share: None) -> Outcome:
-        """Simulate the whole workload. ``progress`` is called with the share of requests that have arrived."""
+        """Simulate the whole workload. ``progress`` is called with the fraction of requests that have arrived."""
         self._report(0.0)
         self._replan(0.0)
         self._check_hopeless(0.0)

@@ -1,6 +1,6 @@
 """The command scripts/simulate: runs simulations and prints tables and a final line of JSON.
 
-Each mode is a function ``run_*``. Its arguments are the flags, the run that they describe and the policies' names.
+Each mode is a function ``run_*``. It takes the flags, the run that the flags describe, and the names of the policies.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from loraserve.sim.runs import RunFigures, RunSpec, make_workload, run_figures, 
 from loraserve.sim.workload import grid_shapes
 
 DEFAULT_LOAD = 0.7
-"""The load of a single run without --rps, as a share of the estimated capacity."""
+"""The request rate of a single run without --rps, as a fraction of the estimated capacity."""
 SAMPLE_REQUESTS = 2000
 """Number of requests from which the capacity is estimated."""
 
@@ -37,7 +37,7 @@ class Result(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit status: 0 for success, 1 for an error, 130 for Ctrl-C. Wrong usage raises SystemExit."""
+    """Run the command. Return 0 for success, 1 for an error, 130 for Ctrl-C. Wrong usage raises SystemExit."""
     arguments = make_parser().parse_args(argv)
     try:
         base = spec_of(arguments)
@@ -59,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_one(arguments: argparse.Namespace, base: RunSpec, names: list[str]) -> Result:
-    """Simulate one policy at one load."""
     rps = base.rps or DEFAULT_LOAD * _guess_rps(base)
     workload = workload_for(msgspec.structs.replace(base, rps=rps))
     policy = policy_named(names[0], base.settings.seed)
@@ -91,7 +90,6 @@ def outcome_figures(outcome: Outcome) -> dict[str, float]:
 
 
 def run_sweep(arguments: argparse.Namespace, base: RunSpec, names: list[str]) -> Result:
-    """Simulate every policy at every load of --loads."""
     loads = loads_of(arguments) or [base.rps or DEFAULT_LOAD * _guess_rps(base)]
     specs = [msgspec.structs.replace(base, policy=name, rps=rps) for name in names for rps in loads]
     with parallel_runner(arguments.workers, quiet=arguments.json) as run_all:
@@ -169,7 +167,7 @@ def run_grid(arguments: argparse.Namespace, base: RunSpec, names: list[str]) -> 
 
 
 def run_sensitivity(arguments: argparse.Namespace, base: RunSpec, names: list[str]) -> Result:
-    """Compare the policies on variants of the profile with one efficiency halved or doubled."""
+    """Compare the policies on the profile and on its variants, each with one efficiency halved or doubled."""
     rows = []
     content: dict[str, Any] = {}
     baselines = [name for name in names if name != DEFAULT_POLICY]
@@ -193,7 +191,6 @@ def _guess_rps(base: RunSpec) -> float:
 
 
 def _json_point(figures: RunFigures) -> dict[str, Any]:
-    """Return the figures for JSON, without the intervals."""
     values = {key: value for key, value in msgspec.structs.asdict(figures).items() if key != "intervals"}
     return {key: report.json_number(value) if isinstance(value, float) else value for key, value in values.items()}
 

@@ -1,6 +1,6 @@
-"""Compares policies: finds the largest load that each policy serves under the SLO, and their figures at equal loads.
+"""Compares policies: finds the highest request rate that each serves under the SLO, and their figures at equal rates.
 
-``capacity_rps`` estimates the load at which the search starts. ``limit_rps`` is an upper bound of the largest load for
+``capacity_rps`` estimates the rate at which the search starts. ``limit_rps`` is an upper bound of the highest rate for
 every policy. Runs are requested in batches. The runs of a batch are independent, so they can run in parallel.
 """
 
@@ -21,9 +21,9 @@ from loraserve.sim.runs import RunAll, RunFigures, RunSpec
 from loraserve.sim.workload import SimRequest, Workload
 
 LOAD_SHARES = (0.3, 0.6, 0.8, 1.0, 1.2)
-"""The loads at which all policies are compared, as shares of the best baseline's largest load."""
+"""The request rates at which all policies are compared, as fractions of the best baseline's highest rate."""
 PRECISION = 0.02
-"""Relative precision of the largest load."""
+"""Relative precision of the highest request rate."""
 MAX_ENGINE_FACTOR = 3
 """The search for the number of engines tries at most this many times the engines of the comparison."""
 FIRST_FACTOR = 1.3
@@ -31,7 +31,7 @@ LATER_FACTOR = 4.0
 NEARBY_TRIES = 4
 MAX_TRIES = 12
 MAX_GUESS_ERROR = 200.0
-"""A search stops when the load falls below the estimated capacity divided by this."""
+"""A search stops when the request rate falls below the estimated capacity divided by this."""
 EFFICIENCY_FACTORS = (0.5, 2.0)
 
 
@@ -39,9 +39,9 @@ class CompareOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Options of a comparison.
 
     Attributes:
-        shares: The loads to compare at, as shares of the best baseline's largest load. One share must be 0.8.
+        shares: The request rates to compare at, as fractions of the best baseline's highest rate. One must be 0.8.
         count_engines: Whether to search for the number of engines that each policy needs.
-        draws: Number of draws of a random placement. The draw with the median largest load is compared.
+        draws: Number of draws of a random placement. The draw with the median highest rate is compared.
     """
 
     shares: tuple[float, ...] = LOAD_SHARES
@@ -57,18 +57,18 @@ class PolicyDraw(NamedTuple):
 
 
 Curves = dict[PolicyDraw, dict[float, RunFigures]]
-"""Figures by draw, then by load in requests/s."""
+"""Figures by draw, then by request rate in requests/s."""
 
 
 class PolicyResult(msgspec.Struct, frozen=True, kw_only=True):
     """The results of one policy, or of its median draw.
 
     Attributes:
-        max_rps: The largest load under the SLO, in requests/s.
-        max_rps_draws: The largest loads of all draws in ascending order.
-        at_80pct: Figures at 80% of the best baseline's largest load.
-        engines_needed: Engines needed for the best baseline's largest load; None if not found or not searched.
-        curve: Figures of all runs in ascending order of load.
+        max_rps: The highest request rate under the SLO, in requests/s.
+        max_rps_draws: The ``max_rps`` of all draws in ascending order.
+        at_80pct: Figures at 80% of the best baseline's ``max_rps``.
+        engines_needed: Engines needed for the best baseline's ``max_rps``; None if not found or not searched.
+        curve: Figures of all runs in ascending order of request rate.
     """
 
     max_rps: float
@@ -89,11 +89,11 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     results: dict[str, PolicyResult]
 
     def gain_over(self, rps: float) -> float:
-        """Return the largest load of the default policy divided by another load."""
+        """Return the default policy's highest request rate under the SLO, divided by ``rps``."""
         return self.results[DEFAULT_POLICY].max_rps / (rps or 1e-9)
 
     def p95_at(self, policy: str, share: float) -> float:
-        """Return a policy's P95 TTFT at one of the ``shares`` of the best baseline's largest load."""
+        """Return a policy's P95 TTFT at one of the ``shares`` of the best baseline's highest request rate."""
         rps = share * self.best_baseline_rps
         return next(p.p95_ttft_s for p in self.results[policy].curve if abs(p.rps - rps) < 1e-6 * rps)
 
@@ -101,9 +101,9 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 def compare(
     base: RunSpec, policies: Sequence[str], guess_rps: float, run_all: RunAll, options: CompareOptions
 ) -> Comparison:
-    """Compare policies on the workload, engines and profile of ``base``. Searches for loads start at ``guess_rps``.
+    """Compare policies on the workload, engines and profile of ``base``. Searches start at ``guess_rps``.
 
-    Raises ConfigError if no baseline meets the SLO at any load.
+    Raises ConfigError if no baseline meets the SLO at any request rate.
     """
     seed, slo_s = base.settings.seed, base.settings.slo_ttft_s
     counts = {policy: options.draws if policy_named(policy).random_placement else 1 for policy in policies}
@@ -145,7 +145,7 @@ def compare(
 
 
 def find_largest(base: RunSpec, guess_rps: float, run_all: RunAll, curves: Curves) -> dict[PolicyDraw, float]:
-    """Return each draw's largest load under the SLO. Each batch has one run of every unfinished search."""
+    """Return each draw's highest request rate under the SLO. Adds the figures of all runs to ``curves``."""
     searches = {draw: _LoadSearch(guess_rps, base.settings.slo_ttft_s) for draw in curves}
     while unfinished := {draw: search for draw, search in searches.items() if not search.is_done}:
         _add_points(base, [(draw, search.next_rps) for draw, search in unfinished.items()], run_all, curves)
@@ -157,9 +157,9 @@ def find_largest(base: RunSpec, guess_rps: float, run_all: RunAll, curves: Curve
 def engines_needed(
     base: RunSpec, draws: Sequence[PolicyDraw], rps: float, run_all: RunAll
 ) -> dict[PolicyDraw, int | None]:
-    """Return the smallest number of engines with which each draw serves the load ``rps`` under the SLO.
+    """Return the smallest number of engines with which each draw serves ``rps`` requests/s under the SLO.
 
-    The number is None if it needs more than ``MAX_ENGINE_FACTOR`` times the engines of ``base``.
+    The number is None if the draw needs more than ``MAX_ENGINE_FACTOR`` times the engines of ``base``.
     """
     low = dict.fromkeys(draws, 0)
     high: dict[PolicyDraw, int] = dict.fromkeys(draws, MAX_ENGINE_FACTOR * base.engines + 1)
@@ -179,7 +179,7 @@ def engines_needed(
 def changed_profiles(profile: Profile) -> dict[str, Profile]:
     """Return the profile and its variants by label. Each variant has one efficiency halved or doubled.
 
-    An efficiency that is a share of a datasheet's figure stays at most 1. Raises ConfigError if the profile was not
+    An efficiency that is a fraction of a datasheet's figure stays at most 1. Raises ConfigError if the profile was not
     derived from a known datasheet.
     """
     if profile.origin != "derived":
@@ -200,7 +200,7 @@ def changed_profiles(profile: Profile) -> dict[str, Profile]:
 
 
 class _LoadSearch:
-    """A search for the largest load under the SLO. It finds an interval with this load and then bisects it."""
+    """A search for the highest request rate under the SLO. It finds a lower and an upper bound, then bisects."""
 
     def __init__(self, guess_rps: float, slo_ttft_s: float) -> None:
         self.next_rps = guess_rps
@@ -219,11 +219,11 @@ class _LoadSearch:
 
     @property
     def largest_rps(self) -> float:
-        """The largest load that met the SLO in a run; 0 if none did."""
+        """The highest request rate that met the SLO in a run; 0 if none did."""
         return self._low.rps if self._low is not None else 0.0
 
     def add(self, figures: RunFigures) -> None:
-        """Add the figures of the run at ``next_rps`` and choose the next load."""
+        """Add the figures of the run at ``next_rps`` and choose the next request rate."""
         self._tries += 1
         if figures.p95_ttft_s <= self._slo_s:
             self._low = figures
@@ -239,9 +239,9 @@ class _LoadSearch:
 
 
 def _add_points(base: RunSpec, wanted: Sequence[tuple[PolicyDraw, float]], run_all: RunAll, curves: Curves) -> None:
-    """Run the wanted draws and loads and add the figures to the curves.
+    """Simulate each (draw, requests/s) pair in ``wanted`` and store its figures in ``curves``.
 
-    A load far above one whose run was stopped as hopeless is not run. It gets the figures of that run.
+    Rates above 1.15 times a draw's lowest hopeless rate are not simulated. They get the figures of that rate.
     """
     hopeless = {
         draw: min((rps for rps, point in curve.items() if point.hopeless), default=inf)
@@ -288,7 +288,7 @@ def limit_rps(workload: Workload, profile: Profile, engines: int) -> float:
 
 
 def _engine_seconds(workload: Workload, profile: Profile, batch: float, slab_reads: float) -> float:
-    """Return the engine time of all requests in seconds. Each decoded token reads ``slab_reads`` slabs."""
+    """Return the engine seconds of all requests in batches of ``batch`` with ``slab_reads`` slabs per decoded token."""
     return sum(_request_s(r, workload.adapters[r.adapter], profile, batch, slab_reads) for r in workload.requests)
 
 

@@ -164,8 +164,8 @@ class SimEngine:
         """Schedule the end of a load.
 
         Loads use one link in the order of their start, and a cancelled load still occupies the link. Loads do not slow
-        steps down. A load writes its slab and reads it back for the digests. Together these take about 33 GB/s of the
-        2,039 GB/s of an A100's memory, less than 2% of a step that only reads.
+        steps down. In reality, writing a slab and reading it back for its digests takes about 33 GB/s of an A100's
+        2,039 GB/s of memory bandwidth, which slows a step that only reads memory by less than 2%.
         """
         load_s = self._cost.load_s(adapter.slab_bytes)
 
@@ -186,7 +186,7 @@ class SimEngine:
         self._growth_s = self._shape.decode_sequences * self._cost.kv_token_s
 
     def _set_timer(self) -> None:
-        """Set the timer for the end of the first step that may not be quiet."""
+        """Set the timer for the end of the first step in which a request may start, prefill or end."""
         self._timer += 1
         if self._batch is None:
             return
@@ -206,7 +206,7 @@ class SimEngine:
         self._set_timer()
 
     def _fast_forward(self, now: float) -> None:
-        """Skip the quiet steps that end no later than ``now``."""
+        """Skip the *quiet* steps (only decode; no request starts or ends) that end no later than ``now``."""
         steps, quiet = 0, self._quiet_steps if self._batch is not None else 0
         while steps < quiet and self._step_start_s + self._steps_s(steps + 1) <= now:
             steps += 1
@@ -226,11 +226,11 @@ class SimEngine:
         self._grow_context((steps + 1) / 2)
 
     def _steps_s(self, steps: int) -> float:
-        """Return the total duration of ``steps`` steps: the step in flight and the quiet steps after it."""
+        """Return the seconds of ``steps`` steps: the step in flight and the decode steps after it."""
         return steps * self._step_s + self._growth_s * (steps * (steps - 1) / 2)
 
     def _grow_context(self, steps: float) -> None:
-        """Add one KV token for each decoding sequence and step."""
+        """Add ``steps`` KV tokens for each decoding sequence to the shape of the step in flight."""
         kv_tokens = self._shape.kv_tokens + steps * self._shape.decode_sequences
         self._shape = msgspec.structs.replace(self._shape, kv_tokens=kv_tokens)
 

@@ -8,7 +8,7 @@ import msgspec
 from loraserve.config import MonitorConfig, PlannerConfig
 
 WARMUP_SHARE = 0.2
-"""Share of the requests, from the first one on, that the outcome leaves out."""
+"""Fraction of the requests, from the first one on, that the outcome leaves out."""
 
 
 class SimSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,7 +53,7 @@ class Interval(msgspec.Struct, frozen=True):
 
     Attributes:
         time_s: The end of the interval.
-        moves: Number of copies that plans loaded.
+        moves: Number of copies that the plan at the start of the interval added or moved.
         needed_bytes: The part of ``held_bytes`` that the plan, a request or a load needs. The rest may be evicted.
         rank_tokens: Computed tokens by the rank of their adapter.
         adapters: Number of adapters in the pool.
@@ -75,7 +75,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         hopeless: Whether the run was stopped because its P95 TTFT was certain to be far above the SLO.
         requests: Requests after the warm-up (the first ``WARMUP_SHARE`` of requests), in order of arrival.
         all_bytes: Slab bytes of all adapters together.
-        busy_share: Share of time in which an engine computed, averaged over engines.
+        busy_share: Fraction of time in which an engine computed, averaged over engines.
         whys: Number of routed requests by ``Candidate.why``.
     """
 
@@ -118,12 +118,12 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def bytes_share(self) -> float:
-        """Share of all adapter bytes that an engine needs to hold, averaged over engines and intervals."""
+        """Fraction of all adapter bytes that an engine needs to hold, averaged over engines and intervals."""
         return self._share([i.needed_bytes for i in self.intervals])
 
     @property
     def held_share(self) -> float:
-        """Share of all adapter bytes that an engine holds in its pool, averaged over engines and intervals."""
+        """Fraction of all adapter bytes that an engine holds in its pool, averaged over engines and intervals."""
         return self._share([i.held_bytes for i in self.intervals])
 
     @property
@@ -133,7 +133,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def moves_per_interval(self) -> float:
-        """Mean number of copies that plans loaded in an interval, without the first plan."""
+        """Mean number of copies that plans added or moved in an interval, without the first plan."""
         last_s = self.requests[-1].arrival_s if self.requests else 0.0
         later = [i for i in self.intervals[2:] if i.time_s <= last_s]
         return sum(i.moves for i in later) / len(later) if later else 0.0
@@ -144,6 +144,6 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def percentile(values: Iterable[float], share: float) -> float:
-    """Return the smallest value v such that at least ``share`` of the values are at most v; infinite if no values."""
+    """Return the smallest value v such that at least a fraction ``share`` of the values are <= v; infinite if empty."""
     ordered = sorted(values)
     return ordered[max(0, ceil(share * len(ordered)) - 1)] if ordered else inf

@@ -14,7 +14,7 @@ PROGRESS_INTERVAL_S = 2.0
 
 @contextmanager
 def parallel_runner(workers: int = 0, quiet: bool = False) -> Iterator[RunAll]:
-    """Yield a ``RunAll``; ``workers`` 0 means one process for each core. Progress goes to stderr unless ``quiet``."""
+    """Yield a ``RunAll`` with ``workers`` processes (0: one per core). Progress goes to stderr unless ``quiet``."""
     with ProcessPoolExecutor(max_workers=workers or core_count()) as pool:
         progress = _Progress(quiet)
 
@@ -33,8 +33,6 @@ def parallel_runner(workers: int = 0, quiet: bool = False) -> Iterator[RunAll]:
 
 
 class _Progress:
-    """Prints the number of finished runs every few seconds."""
-
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
         self._runs = self._ended = 0

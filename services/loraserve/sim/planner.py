@@ -48,7 +48,7 @@ class SimPlanner:
         self._deliver(events.EnginesSeen(tuple(loads), self._adapters), now)
 
     def plan(self, demand: Sequence[AdapterDemand], loads: Sequence[EngineLoad], cost: CostModel, now: float) -> None:
-        """Start a plan for the next interval. Do nothing while the last plan is being rolled out."""
+        """Make a plan and start its roll-out, unless a roll-out is under way or nothing would change."""
         if self._is_rolling_out:
             return
         plan = self._rollout.plan
@@ -74,7 +74,7 @@ class SimPlanner:
         self._deliver(events.PrepareAnswered(engine, INCARNATION, epoch, failed), now)
 
     def take_moves(self) -> int:
-        """Return the number of copies that plans loaded since the last call."""
+        """Return the number of copies that new plans have added or moved since the last call."""
         moves, self._moves = self._moves, 0
         return moves
 

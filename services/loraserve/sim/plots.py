@@ -27,7 +27,7 @@ COLOURS = {
 
 
 def plot_comparison(comparison: Comparison, title: str, folder: Path) -> list[Path]:
-    """Plot P95 TTFT and goodput against load. Plot engines needed, adapters per engine and moves by policy."""
+    """Plot P95 TTFT and goodput against request rate. Plot engines needed, adapters per engine and moves by policy."""
     results = comparison.results
     bars: dict[str, dict[str, float]] = {
         "engines needed": {n: r.engines_needed or 0 for n, r in results.items()},
@@ -42,7 +42,7 @@ def plot_comparison(comparison: Comparison, title: str, folder: Path) -> list[Pa
 
 
 def plot_timeline(intervals: Sequence[Interval], title: str, path: Path) -> Path:
-    """Plot over time the share of each rank in the computed tokens of each engine, for at most 12 engines."""
+    """Plot over time the fraction of each rank in the computed tokens of each engine, for at most 12 engines."""
     engines = min(len(intervals[0].rank_tokens), 12)
     figure, axes = pyplot.subplots(engines, 1, figsize=(7.0, 1.1 * engines + 1), sharex=True, squeeze=False)
     ranks = sorted({rank for i in intervals for tokens in i.rank_tokens for rank in tokens})
@@ -62,7 +62,7 @@ def plot_timeline(intervals: Sequence[Interval], title: str, path: Path) -> Path
 
 
 def plot_grid(comparisons: Mapping[str, Comparison], folder: Path) -> Path:
-    """Plot the largest load of ``ours`` divided by that of ``toppings``, for each workload."""
+    """Plot for each workload the default policy's highest request rate divided by that of ``toppings``."""
     names = list(comparisons)
     figure, axis = pyplot.subplots(figsize=(8.0, 0.28 * len(names) + 1.5))
     places = range(len(names))

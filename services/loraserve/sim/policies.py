@@ -30,7 +30,7 @@ from loraserve.router.engine_view import EngineView
 from loraserve.router.policy import POLICIES, RoutingPolicy
 
 HYSTERESIS = 0.2
-"""``dynamo`` keeps an adapter's number of copies if the target differs by at most this share of that number."""
+"""``dynamo`` keeps an adapter's number of copies if the target differs by at most this fraction of that number."""
 
 
 class Policy(msgspec.Struct, frozen=True):
@@ -73,14 +73,14 @@ def policy_named(name: str, seed: int = 0) -> Policy:
 
 
 def place_at_random(seed: int, inputs: PlanInput) -> tuple[Placement, ...]:
-    """Keep the current placement, or assign adapters to engines in random order, equally many to each."""
+    """Keep the current placement. If there is none, deal adapters to engines at random, equally many to each."""
     versions = sorted(inputs.adapters)
     Random(f"placement {seed}").shuffle(versions)
     return tuple(inputs.current) or _deal(inputs, versions, lambda i: i % len(inputs.engines))
 
 
 def place_contiguously(inputs: PlanInput) -> tuple[Placement, ...]:
-    """Keep the current placement, or assign adapters sorted by name, an equal contiguous range to each engine."""
+    """Keep the current placement. If there is none, give each engine an equal range of adapters sorted by name."""
     versions = sorted(inputs.adapters, key=lambda version: (inputs.adapters[version].name, version))
     return tuple(inputs.current) or _deal(inputs, versions, lambda i: i * len(inputs.engines) // len(versions))
 
@@ -95,9 +95,9 @@ def place_everywhere(inputs: PlanInput) -> tuple[Placement, ...]:
 
 
 def place_by_rendezvous(inputs: PlanInput) -> tuple[Placement, ...]:
-    """Make at least one copy of each adapter, in proportion to requests/s, on the engines with the highest hashes.
+    """Place copies of each adapter, at least one, in proportion to requests/s, on the engines with the highest hashes.
 
-    Each engine has slots for its equal share of all copies, plus one slot.
+    A hash is of (version, engine). An engine takes at most one copy more than an equal share of all copies.
     """
     names = [engine.engine for engine in inputs.engines]
     total_rps = sum(d.requests_per_s for d in inputs.demand)
@@ -144,18 +144,18 @@ def route_to_copy(context: RoutingContext) -> Candidates | Rejected:
 
 
 def route_to_least_requests(context: RoutingContext) -> Candidates | Rejected:
-    """Route to the copy on the engine with the fewest requests, regardless of their length."""
+    """Route to the engine with a copy that has the fewest requests, regardless of their length."""
     return _route_to_minimum(context, lambda engine: engine.requests + context.rng.random())
 
 
 def route_to_least_finish(context: RoutingContext) -> Candidates | Rejected:
-    """Route to the copy with the smallest predicted time to the end of the request (``finish_s``)."""
+    """Route to the engine with a copy where the request is predicted to end first (``finish_s``)."""
     output_tokens = context.view.mean_output_tokens
     return _route_to_minimum(context, lambda engine: finish_s(context.request, engine, context.cost, output_tokens))
 
 
 def finish_s(request: Route, engine: EngineView, cost: CostModel, output_tokens: float) -> float:
-    """Return the predicted time to the end of a request: queued prefill, its own prefill and its decode steps.
+    """Return the predicted seconds until a request ends: queued and own prefill, decode, and the wait for a place.
 
     ``output_tokens`` is the mean of all requests, because the output length is not known in advance.
     """
@@ -176,7 +176,7 @@ def finish_s(request: Route, engine: EngineView, cost: CostModel, output_tokens:
 
 
 def _place_wait_s(engine: EngineView, cost: CostModel, output_tokens: float) -> float:
-    """Return the wait for a place in a full batch."""
+    """Return the wait in seconds for a place in the batch; 0 if the batch is not full."""
     max_running = engine.capabilities.max_running
     if not max_running or engine.requests < max_running:
         return 0.0
@@ -185,7 +185,7 @@ def _place_wait_s(engine: EngineView, cost: CostModel, output_tokens: float) -> 
 
 
 def _route_to_minimum(context: RoutingContext, price: Callable[[EngineView], float]) -> Candidates | Rejected:
-    """Route to the copy with the lowest price, or to any engine if the adapter has no copy."""
+    """Route to the lowest price among ready engines with a planned copy, or among all ready ones if there are none."""
     ready = context.view.ready_engines()
     copies = context.planned_shares()
     engines = [engine for engine in ready if engine.name in copies] or ready

@@ -10,7 +10,7 @@ from loraserve.sim.policies import DEFAULT_POLICY, RANDOM, TOPPINGS
 from loraserve.text import table
 
 MAX_BYTES_SHARE = 0.25
-"""Goal: an engine needs to hold at most this share of all adapter bytes."""
+"""Goal: an engine needs to hold at most this fraction of all adapter bytes."""
 EQUAL_P95_FACTOR = 1.02
 """P95s within this factor count as equal."""
 
@@ -20,7 +20,7 @@ def value_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def cell(value: Any) -> str:
-    """Return a value as text, a float with three digits; "-" if it is None or not finite."""
+    """Return a value as text; "-" if None or not finite. Floats from 100 have no decimals, others three digits."""
     if value is None or (isinstance(value, float) and not isfinite(value)):
         return "-"
     if isinstance(value, float):
@@ -46,7 +46,7 @@ def summary_table(comparison: Comparison) -> str:
 
 
 def draws_text(comparison: Comparison) -> list[str]:
-    """Return one line for each policy with several draws, with the range of their largest loads."""
+    """Return one line for each policy with several draws of its placement: the range of their highest request rates."""
     return [
         f"({name}: the median of {len(draws)} draws with max rps from {cell(draws[0])} to {cell(draws[-1])})"
         for name, result in comparison.results.items()
@@ -55,7 +55,7 @@ def draws_text(comparison: Comparison) -> list[str]:
 
 
 def never_overloaded_text(comparison: Comparison) -> list[str]:
-    """Return one line that names the policies that met the SLO at every load; no line if there are none."""
+    """Return one line that names the policies that met the SLO at every simulated rate; no line if there are none."""
     names = [
         name
         for name, result in comparison.results.items()
@@ -68,7 +68,7 @@ def never_overloaded_text(comparison: Comparison) -> list[str]:
 
 
 def load_table(comparison: Comparison) -> str:
-    """Return a table of each policy's P95 TTFT at each share of the best baseline's largest load."""
+    """Return a table of each policy's P95 TTFT at each fraction of the best baseline's highest request rate."""
     rows = [[name, *(comparison.p95_at(name, share) for share in comparison.shares)] for name in comparison.results]
     return value_table(["P95 TTFT (s) at load", *(f"{share:.0%}" for share in comparison.shares)], rows)
 
@@ -121,12 +121,12 @@ def json_figures(comparison: Comparison) -> dict[str, dict[str, Any]]:
 
 
 def json_number(value: float | None) -> float | None:
-    """Return a value rounded to four digits, or None if it is not finite."""
+    """Return a value rounded to four significant digits, or None if it is None or not finite."""
     return float(f"{value:.4g}") if value is not None and isfinite(value) else None
 
 
 def grid_table(comparisons: Mapping[str, Comparison]) -> str:
-    """Return a table that compares ``ours`` with the best baseline and ``toppings``, one row for each workload."""
+    """Return a table of the default policy, the best baseline and policy ``toppings``, one row for each workload."""
     rows = []
     for name, c in comparisons.items():
         ours_rps, toppings_rps = c.results[DEFAULT_POLICY].max_rps, c.results[TOPPINGS].max_rps
@@ -139,13 +139,13 @@ def grid_table(comparisons: Mapping[str, Comparison]) -> str:
 
 
 def _p95_pair(comparison: Comparison, share: float) -> str:
-    """Return the P95 TTFT of ``ours`` and the lowest P95 TTFT of the other policies, as text."""
+    """Return the P95 TTFT of the default policy and the lowest one of the other policies, in seconds, as text."""
     others = min(comparison.p95_at(name, share) for name in comparison.results if name != DEFAULT_POLICY)
     return f"{cell(comparison.p95_at(DEFAULT_POLICY, share))}/{cell(others)}"
 
 
 def gains(comparisons: Mapping[str, Comparison]) -> dict[str, float | None]:
-    """Summarize the ratios of the largest load of ``ours`` to that of ``toppings`` and of the best baseline."""
+    """Return summary ratios: the default policy's highest request rate to that of ``toppings`` or the best baseline."""
     toppings = sorted(c.gain_over(c.results[TOPPINGS].max_rps) for c in comparisons.values())
     best = sorted(c.gain_over(c.best_baseline_rps) for c in comparisons.values())
     return {

@@ -22,10 +22,10 @@ Source = TraceSource | WorkloadShape
 
 
 class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """The inputs of a run: a workload, a cluster, a policy and a load.
+    """The inputs of a run: a workload, a cluster, a policy and a request rate.
 
-    If ``source.requests`` is 0, the run has as many requests as arrive in ``duration_s``. A run shows an overload only
-    if it is much longer than the SLO.
+    If ``source.requests`` is 0, the run has as many requests as arrive in ``duration_s``, at least ``MIN_REQUESTS``. A
+    run shows an overload only if it is much longer than the SLO.
     """
 
     source: Source
@@ -38,7 +38,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """The figures of a run. ``Outcome`` explains them."""
+    """The figures of a run. The attributes of ``Outcome`` explain them."""
 
     policy: str
     engines: int
@@ -70,7 +70,7 @@ def run_figures(spec: RunSpec) -> RunFigures:
 
 
 def workload_for(spec: RunSpec) -> Workload:
-    """Return the workload of a run, with its load and its number of requests."""
+    """Return the workload of a run: its requests, scaled to ``spec.rps`` requests per second."""
     source = spec.source
     if not source.requests:
         requests = max(MIN_REQUESTS, int(spec.rps * spec.duration_s))

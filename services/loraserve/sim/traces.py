@@ -37,7 +37,7 @@ class TraceRequest(msgspec.Struct, frozen=True, gc=False):
 def read_trace(path: Path | str) -> list[TraceRequest]:
     """Return all requests, sorted by time. A file whose name ends in ``.gz`` is decompressed.
 
-    Raises ConfigError if the file cannot be used. The message names the file, the line and the field.
+    Raises ConfigError if the file cannot be used. The message names the file and, if a line is wrong, the line.
     """
     path = Path(path)
     try:

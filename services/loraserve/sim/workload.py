@@ -1,7 +1,7 @@
 """Workloads: adapters with their ranks, and requests in order of arrival.
 
 A workload is drawn from distributions (``WorkloadShape``) or made from a trace (``TraceSource``). Each client of a
-trace becomes a tenant with its own adapters. ``Workload.at`` sets the load.
+trace becomes a tenant with its own adapters. ``Workload.at`` sets the request rate.
 """
 
 from bisect import bisect
@@ -72,7 +72,7 @@ class Workload(msgspec.Struct, frozen=True):
         return len(self.requests) / self.duration_s if self.duration_s else 0.0
 
     def at(self, rps: float) -> "Workload":
-        """Return the workload with the gaps between requests scaled to a load of ``rps`` requests per second."""
+        """Return the workload with the gaps between requests scaled to a mean of ``rps`` requests per second."""
         factor = self.rps / rps
         start_s = self.requests[0].time_s if self.requests else 0.0
         scaled = (msgspec.structs.replace(r, time_s=(r.time_s - start_s) * factor) for r in self.requests)
@@ -96,7 +96,7 @@ class WorkloadShape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TraceSource(msgspec.Struct, frozen=True, kw_only=True):
-    """The first requests of a trace file. With ``requests`` 0, the run's duration determines their number."""
+    """The first ``requests`` requests of a trace file. If 0, the run's duration determines the number."""
 
     path: str
     adapters: int = 100
@@ -105,7 +105,6 @@ class TraceSource(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """The file's name without its suffixes, and the number of adapters."""
         return f"{Path(self.path).name.partition('.')[0]}, {self.adapters} adapters"
 
 
@@ -126,7 +125,7 @@ def make_adapters(ranks: Sequence[int], slab_bytes_per_rank: int, names: Sequenc
 
 
 def draw_workload(shape: WorkloadShape, slab_bytes_per_rank: int) -> Workload:
-    """Draw a workload with a mean load of 1 request per second. Equal shapes give equal workloads."""
+    """Draw a workload with a mean of 1 request per second. Equal shapes give equal workloads."""
     rng = Random(f"{shape.seed} {shape.name}")
     ranks = _draw_ranks(shape, rng)
     popularity = [1 / (place + 1) ** ZIPF_EXPONENT for place in range(shape.adapters)]
@@ -214,7 +213,7 @@ def trace_workload(trace: Sequence[TraceRequest], source: TraceSource, slab_byte
     draws one of its client's adapters by a power law. All ranks are equally frequent, in random order. If there are
     fewer adapters than clients, the clients with the fewest requests share the last adapter.
 
-    Raises ConfigError if there is no adapter, or if all requests arrive at the same time.
+    Raises ConfigError if there is no adapter, if there are fewer than two requests, or if all arrive at one time.
     """
     if source.adapters < 1:
         raise ConfigError(f"--adapters {source.adapters}: at least one adapter is needed")
@@ -242,7 +241,7 @@ def trace_workload(trace: Sequence[TraceRequest], source: TraceSource, slab_byte
 
 
 def _deal_adapters(trace: Sequence[TraceRequest], adapters: int) -> dict[str, list[int]]:
-    """Return each client's adapters. Every further adapter goes to the client with the most requests per adapter."""
+    """Return each client's adapters: one each. Any other goes to the client with the most requests per adapter."""
     counts = Counter(r.client for r in trace)
     clients = [client for client, _ in counts.most_common()]
     number = dict.fromkeys(clients[:adapters], 1)

@@ -46,10 +46,10 @@ class StoreLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterStore:
-    """The adapters of one model shape and slab dtype. Each shape and dtype has its own folder under ``root``."""
+    """The adapters of one model shape, slab dtype and slab format. Each combination has a folder under ``root``."""
 
     def __init__(self, root: Path, shape: ModelShape, dtype: Dtype, limits: StoreLimits, now: float) -> None:
-        """Open the folder. Raises LoraServeError if it is in use or not writable, or if its registry is unusable."""
+        """Open or create the store's folder. Raises LoraServeError if it or its registry is unusable or in use."""
         self._shape = shape
         self._dtype: Dtype = dtype
         self._limits = limits
@@ -111,7 +111,7 @@ class AdapterStore:
                 self._reserve.fill()
 
     def collect_garbage(self, now: float) -> list[str]:
-        """Remove slabs that have no name and were not used for ``GRACE_S``. Returns their versions."""
+        """Remove slabs that have no name and were not opened or stored for ``GRACE_S``. Returns their versions."""
         return self.slabs.remove_unreferenced(self.registry.snapshot.versions(), now, GRACE_S)
 
     def missing_slabs(self) -> list[str]:
@@ -182,9 +182,9 @@ def namespace(shape: ModelShape, dtype: Dtype, slab_format: int = SLAB_FORMAT) -
 
 
 def allowed_directory(path: str, allowed_dirs: Sequence[str]) -> Path:
-    """Return the directory ``path`` with symbolic links resolved. Raises AdapterError if it is not allowed.
+    """Return the absolute ``path`` without symbolic links. Raises AdapterError if it is not under ``allowed_dirs``.
 
-    The adapter's files must also be under ``allowed_dirs`` after their own symbolic links are resolved.
+    The same check applies to the targets of the adapter's files. An empty ``allowed_dirs`` allows all paths.
     """
     if "\0" in path or not Path(path).is_absolute():
         raise AdapterError("bad_format", f"path {path[:200]!r} must be absolute, as seen on the store's machine")

@@ -61,7 +61,7 @@ class SpaceReserve:
 
 
 def lock_folder(folder: Path) -> int:
-    """Create and lock a folder. Close the returned descriptor to unlock it. Raises LoraServeError on failure."""
+    """Create the folder if needed and lock it. Close the returned descriptor to unlock it. Raises LoraServeError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -55,10 +55,10 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 class AdapterRegistry:
-    """An open registry database. ``snapshot`` equals its content and is replaced after each transaction."""
+    """An open registry database. ``snapshot`` is a copy of its content, replaced after each transaction."""
 
     def __init__(self, path: Path, now: float) -> None:
-        """Open or create the database. Raises LoraServeError if the file is not a registry of this version."""
+        """Open or create the database. Raises LoraServeError if the file is not a usable registry of this version."""
         self._lock = threading.Lock()
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -143,7 +143,7 @@ class AdapterRegistry:
     def _commit(
         self, what: str, records: dict[str, AdapterRecord], statement: str, values: Mapping[str, object]
     ) -> None:
-        """Execute ``statement`` and increment the revision durably. ``records`` is the new content."""
+        """Execute ``statement`` and increment the revision durably. ``records`` is the new content of ``snapshot``."""
         try:
             with self._transaction():
                 self._db.execute(statement, values)

@@ -149,7 +149,7 @@ class StoreService(Service):
 
 
 def open_store(config: Config, now: float) -> AdapterStore:
-    """Open the configured model's store. Raises ConfigError if the model or the data folder cannot be used."""
+    """Open the configured model's store. Raises ConfigError for an unusable model, model name or data folder."""
     if not config.model.path:
         raise ConfigError("model.path is empty; name a Hugging Face model directory (scripts/up --model DIR)")
     model_dir = Path(config.model.path)

@@ -1,6 +1,6 @@
-"""Stores slabs in files named by their digest. Files are written under a temporary name and then renamed.
+"""Stores slabs (packed adapters) in files named by digest. Files are written under a temporary name, then renamed.
 
-A file consists of the magic, the header's length, the header, zero padding to ``DATA_ALIGN_BYTES``, and the slab. Its
+A file consists of magic bytes, the header's length, the header, zero padding to ``DATA_ALIGN_BYTES``, and the slab. Its
 modification time is the time when the slab was last stored or opened. The grace period before removal starts then. All
 methods may block and may be called from any thread.
 """
@@ -78,9 +78,10 @@ class SlabFiles:
         return True
 
     def open(self, version: str, now: float) -> OpenedSlab:
-        """Return a slab's header and data offset, and restart its grace period. The first open verifies the slab.
+        """Return a slab's header and data offset, and restart its grace period.
 
-        Raises AdapterError ``not_found`` or ``corrupt``. A corrupt file is renamed to *.corrupt.
+        The first open of a slab that an earlier process stored verifies it. Raises AdapterError ``not_found``,
+        ``corrupt`` or ``storage``. A corrupt file is renamed to *.corrupt.
         """
         self.touch(version, now)
         opened = self._opened.get(version)
@@ -89,7 +90,7 @@ class SlabFiles:
         return opened
 
     def touch(self, version: str, now: float) -> None:
-        """Restart the slab's grace period. Raises AdapterError ``not_found``."""
+        """Restart the grace period before the slab's removal. Raises AdapterError ``not_found``."""
         with self._lock:
             path = self._existing_path(version)
             # On a read-only disk reads must still work, and no slab can be removed anyway.
@@ -109,7 +110,7 @@ class SlabFiles:
         return OpenedSlab(version, data, _data_begin(data), header.slab_bytes)
 
     def read(self, version: str, offset: int, length: int, now: float) -> bytes:
-        """Return exactly ``length`` bytes of the slab. Raises AdapterError ``bad_range`` or the errors of `open`."""
+        """Return ``length`` bytes of the slab from ``offset`` on. Raises AdapterError ``bad_range`` or as `open`."""
         opened = self._opened.get(version) or self.open(version, now)
         if not (offset >= 0 and 0 < length <= MAX_SLAB_READ_BYTES and offset + length <= opened.slab_bytes):
             raise AdapterError(
@@ -140,7 +141,7 @@ class SlabFiles:
         return used
 
     def remove_unreferenced(self, referenced: Collection[str], now: float, grace_s: float) -> list[str]:
-        """Remove the slabs that are `removable`. Returns their versions."""
+        """Remove the slabs that ``removable`` selects. Returns their versions."""
         removed = []
         for version in removable(self.versions(), referenced, now, grace_s):
             path = self._path(version)

@@ -11,7 +11,7 @@ NEEDED_BYTES = 1 << 30
 
 
 def check_not_running(run_dir: Path) -> None:
-    """Raise ConfigError if a cluster already runs in this folder."""
+    """Raise ConfigError if a cluster already runs with the run folder ``run_dir``."""
     state = read_state(run_dir)
     if state is not None and is_ours(state.pid):
         raise ConfigError(

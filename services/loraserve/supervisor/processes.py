@@ -38,7 +38,7 @@ def threads_per_engine(config: Config) -> int:
 
 
 def environment(config: Config, kind: str) -> dict[str, str]:
-    """Return a child's environment, which sets thread pool sizes and disables downloads by libraries."""
+    """Return a child's environment variables, which set thread pool sizes and disable downloads by libraries."""
     threads = str(threads_per_engine(config) if kind == "engine" else 1)
     values = {name: value for name, value in os.environ.items() if not name.startswith("LORASERVE_")}
     values.update(
@@ -141,7 +141,7 @@ class Processes:
 
 
 def exit_reason(log_file: Path, name: str) -> str:
-    """Return the error that a process printed before it ended, or else the last line of its log."""
+    """Return the error that a process printed before it ended, or else its last log line, with the log's path."""
     try:
         lines = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
     except OSError:

@@ -16,13 +16,13 @@ class Restart(msgspec.Struct, frozen=True):
 
 
 class StopCluster(msgspec.Struct, frozen=True):
-    """Stop the cluster and report the reason, because a restart cannot help."""
+    """The decision to stop the cluster for ``reason``, because a restart cannot help."""
 
     reason: str
 
 
 class RestartHistory:
-    """Counts the failures of one process. The restart delay doubles with each failure until a stable run resets it."""
+    """Counts the failures of one process. The restart delay doubles with each failure and resets after a stable run."""
 
     def __init__(self, name: str) -> None:
         self._name = name

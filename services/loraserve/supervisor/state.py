@@ -30,7 +30,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_state(run_dir: Path, state: RunState) -> None:
-    """Write the state file. The replacement is atomic for readers."""
+    """Write the state file. Readers see either the old or the new content."""
     temporary = run_dir / f".{FILE_NAME}.{os.getpid()}"
     temporary.write_bytes(msgspec.json.encode(state))
     temporary.replace(run_dir / FILE_NAME)
@@ -67,7 +67,7 @@ def is_ours(pid: int) -> bool:
 
 
 def stop_cluster(run_dir: Path, state: RunState, timeout_s: float) -> None:
-    """Stop the cluster through its supervisor, or directly if it is gone. Kill the processes after the timeout."""
+    """Terminate the supervisor, or all processes if it is gone. Kill those that still run after ``timeout_s``."""
     _signal(state.pid, signal.SIGTERM)
     deadline_s = time.monotonic() + timeout_s
     pids = [state.pid, *state.processes.values()]

@@ -110,7 +110,7 @@ def test_wheels_are_unpacked_for_the_run(script: Any, tmp_path: Path) -> None:
     assert script.missing(env, ["carried_for_a_test", "loraserve.kernels.lora.gpu", "not_there_at_all"]) == [
         "not_there_at_all"
     ]
-    with pytest.raises(SystemExit, match=r"holds no \.whl file"):
+    with pytest.raises(SystemExit, match=r"contains no \.whl file"):
         script.environment(str(tmp_path / "nowhere"))
 
 

@@ -1,6 +1,6 @@
 """RDMA devices: listing them, opening one, and registering memory with it.
 
-Only this module and queue.py use pyverbs. They import it when a device is opened, because most machines do not have it.
+Only this module and queue.py use pyverbs. They import it only if a port is up, because most machines do not have it.
 Registering memory holds the interpreter's lock for 0.1 ms per MiB or more (15 ms under emulation), so pools are
 registered when a process starts.
 """
@@ -42,14 +42,14 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def usable_ports(devices: Path = DEVICES) -> list[Port]:
-    """Return the ports that are up, sorted by device name and port number."""
+    """Return the ports that are up and have a GID, sorted by device name and port number."""
     paths = sorted(devices.glob("*/ports/*"), key=lambda path: (path.parts[-3], int(path.name)))
     found = (_port(path) for path in paths)
     return [port for port in found if port is not None]
 
 
 def unusable_reason(devices: Path = DEVICES) -> str:
-    """Return why verbs cannot be used here; "" if they can. pyverbs is imported only if there is a device."""
+    """Return why verbs cannot be used here; "" if they can. pyverbs is imported only if a port is up."""
     if not devices.is_dir() or not any(devices.iterdir()):
         return "this machine has no RDMA device"
     if not any(map(_is_up, devices.glob("*/ports/*"))):
@@ -126,7 +126,7 @@ def peermem_works() -> bool:
 
 @contextmanager
 def dma_buf(memory: GpuMemory) -> Iterator[tuple[int, int]]:
-    """Yield a dma-buf descriptor and the memory's offset in it. A registration outlives the descriptor."""
+    """Yield a dma-buf descriptor and the memory's offset in it. A registration outlives the closed descriptor."""
     start = memory.address // mmap.PAGESIZE * mmap.PAGESIZE
     end = -(-(memory.address + memory.length_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
     descriptor = ctypes.c_int(-1)

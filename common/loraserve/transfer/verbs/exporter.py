@@ -37,7 +37,7 @@ class _Connection:
 
 
 class VerbsExporter:
-    """The owner's side. A region is host or GPU memory. Pass ConnectQueue requests to ``answer``.
+    """The owner's side of verbs. A region is host or GPU memory. Pass ConnectQueue requests to ``answer``.
 
     ``register`` blocks: call it when the process starts or in a thread.
     """
@@ -100,7 +100,7 @@ class VerbsExporter:
             each.given_up = True
 
     async def _make(self, connection: _Connection, request: ConnectQueue) -> QueueEnd:
-        """Connect a queue pair and return its end. If this fails, close the queue pair."""
+        """Connect a queue pair to the reader and return its QueueEnd. If this fails, close the queue pair."""
         self._check(request)
         self._connecting.append(connection)
         try:

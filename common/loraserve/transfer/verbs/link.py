@@ -12,7 +12,7 @@ from loraserve.transfer.verbs.queue import QueuePair
 
 
 class InterruptedReadError(TransferError):
-    """The read failed because another read broke the connection. It may be retried once."""
+    """The read failed because its connection was closed or another read broke it. The caller may retry it once."""
 
 
 class ReadDestination(NamedTuple):
@@ -29,7 +29,7 @@ class _PendingRead(NamedTuple):
 
 
 class ReadConnection:
-    """A connection to one owner. Use it from one event loop. Its requests are numbered from ``number << 32``."""
+    """A connection to one owner. Use it from one event loop. Its requests have the numbers from ``number << 32`` on."""
 
     def __init__(self, queue: QueuePair, depth: int, number: int) -> None:
         self.number = number
@@ -117,7 +117,7 @@ class ReadConnection:
             self._reads.pop(read).done.set_result(None)
 
     def _fail(self, read: int, status: int) -> None:
-        """End the connection, because a queue pair fails every request after one failure."""
+        """Close the connection because a piece of ``read`` failed. The queue pair would fail all later requests."""
         if status == FLUSHED:
             self._end({}, "the connection failed; read from another source", TransferError)
             return

@@ -97,7 +97,7 @@ class QueuePair:
         )
 
     def connect(self, peer: QueueEnd) -> None:
-        """Connect to the peer's end. Raises verbs_errors(). This holds the interpreter's lock for some milliseconds."""
+        """Connect to the peer's end. Raises one of verbs_errors(). Holds the interpreter's lock for milliseconds."""
         if not (peer.mtu in MTUS and peer.reads in READS):
             raise ValueError(f"mtu {peer.mtu}, {peer.reads} reads: the peer's end of the connection is invalid")
         mine = self.end

@@ -1,7 +1,7 @@
 """The reader's side of RDMA reads. The owner's CPU does nothing during a read.
 
 The throughput was measured in an emulated machine with a software device on 2 busy cores, not on hardware. Relative to
-ib_read_bw with messages of one size, the median of five alternating runs was 0.85 for slabs of 1 MiB and 1.0 for 16 and
+ib_read_bw at one message size, the median of five alternating runs was 0.85 for slabs of 1 MiB and 1.0 for 16 and
 64 MiB. Medians were 60 to 76 MiB/s, single runs 25 to 85 MiB/s.
 """
 
@@ -94,7 +94,7 @@ class VerbsReader:
             raise TransferError("refused", f"{describe(handle, 'a read')}: {error}; use another transport") from error
 
     def forget(self, owner: str, incarnation: str) -> None:
-        """Close the connection to a dead owner. Its reads fail at once."""
+        """Close the connection to a dead owner. Reads from the owner fail at once."""
         self._close_dead(lambda name, life: (name, life) == (owner, incarnation))
 
     def close(self) -> None:
@@ -153,7 +153,7 @@ class VerbsReader:
         await link.read(handle, ranges, target, self._piece_bytes, self._timeout_s)
 
     async def _link(self, handle: VerbsHandle) -> ReadConnection:
-        """Return the shared connection to the owner. Cancelling one waiting read does not cancel the connection."""
+        """Return the connection to the owner, shared by all reads. If one read is cancelled, connecting continues."""
         owner = handle.owner, handle.incarnation
         made = self._links.get(owner)
         if made is None or _is_useless(made):
@@ -225,7 +225,7 @@ class VerbsReader:
                 del self._by_number[number]
 
     def _make_room(self, handle: VerbsHandle) -> None:
-        """Close an idle connection if the limit is reached. The size of the completion queue sets the limit."""
+        """Close an idle connection if there are too many. Raises TransferError if none is idle."""
         self._forget_broken()
         while len(self._links) >= self._most_links:
             spare = next((owner for owner, made in self._links.items() if _is_useless(made) or _is_idle(made)), None)

@@ -1,6 +1,6 @@
 """Paged causal attention over the KV cache, for prefill chunks and decode tokens in one call.
 
-The package exports the CPU implementation. gpu.py implements it for CUDA. reference.py defines the results.
+The package exports the CPU implementation. gpu.py is the implementation for CUDA. reference.py defines the results.
 """
 
 from loraserve.kernels.attention.batch import GROUP_TOKENS, AttentionBatch, KvCache, block_bytes

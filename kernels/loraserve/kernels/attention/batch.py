@@ -14,7 +14,7 @@ class KvCache:
     """Keys and values of all layers, float32, stored in groups of 16 consecutive tokens.
 
     ``keys`` is [layers, blocks, kv_heads, groups, head_dim, 16], ``values`` [layers, blocks, kv_heads, groups, 16,
-    head_dim]. A vector register loads one dimension of several keys, so scores need no sums over lanes.
+    head_dim]. A vector load reads one dimension of several keys. Each vector lane then sums the score of one key.
     """
 
     def __init__(self, shape: ModelShape, blocks: int, block_tokens: int = 16) -> None:
@@ -39,8 +39,8 @@ class AttentionBatch:
 
     ``query_start`` int32 [sequences + 1] holds the index of each sequence's first query token and, last, the total.
     ``seq_len`` int32 [sequences] counts a sequence's KV tokens, including this step's. ``block_table`` is int32
-    [sequences, blocks]. ``slot_mapping`` int64 [tokens] is block * block_tokens + offset of each new token's KV. Query
-    token j of n has position seq_len - n + j. ``scores`` counts the scores that each query head computes.
+    [sequences, blocks]. ``slot_mapping`` int64 [tokens] is block * block_tokens + offset of each new token's KV. Of a
+    sequence's n query tokens, token j has position seq_len - n + j. ``scores`` counts one query head's scores.
     """
 
     query_start: torch.Tensor

@@ -4,8 +4,8 @@
 query and its KV. Chunking, other sequences, block placement and threads do not affect them. Scores, softmax and
 weighted sums run over the positions in one fixed order.
 
-Threads share a call in parts (see cpu/threads.py). A part is a tile of query tokens of one sequence with the query
-heads of one KV head.
+Several threads compute one call (see cpu/threads.py). Each takes up to 16 query tokens of one sequence at a time, with
+the query heads that share one KV head.
 """
 
 import numpy as np
@@ -67,7 +67,7 @@ _axpy = make_axpy_block(1, 1, "float32")
 
 @called("f32")
 def _mix(rows, out, out_stride, weights, span, values, dim, count, ahead):  # type: ignore[no-untyped-def]
-    """Add the sum over p < ``count`` of weights[row, p] * values[p] to out[row], in the order of p."""
+    """Add weights[row, p] * values[p] to out[row] for p = 0 to ``count`` - 1, in order. Prefetch address ``ahead``."""
     wide = dim - dim % (MIX_VECTORS * LANES)
     whole = dim - dim % LANES
     for first in range(0, wide, MIX_VECTORS * LANES):
@@ -84,7 +84,7 @@ def _mix(rows, out, out_stride, weights, span, values, dim, count, ahead):  # ty
 
 @inlined
 def _cache_offset(table, position, layout):  # type: ignore[no-untyped-def]
-    """Return the byte offset of a position's values in one layer. A group's first position also locates its keys.
+    """Return the byte offset in a layer of a head's value at ``position``, or of its key group that starts there.
 
     ``layout`` is (elements per block, elements from the block's start to the head, tokens per block, head_dim).
     """
@@ -94,7 +94,7 @@ def _cache_offset(table, position, layout):  # type: ignore[no-untyped-def]
 
 @called("f32")
 def _attend(rows, growth, q, out, stride, shortest, keys, values, table, layout, scale, scores, span):  # type: ignore[no-untyped-def]
-    """Compute attention for query rows of one KV head. Row i attends to ``shortest`` + i * ``growth`` positions."""
+    """Compute attention for query vectors of one KV head. Vector i reads ``shortest`` + i * ``growth`` positions."""
     dim = layout[3]
     start = _cache_offset(table, 0, layout)
     longest = shortest + growth * (rows - 1)
@@ -124,7 +124,7 @@ def _attend(rows, growth, q, out, stride, shortest, keys, values, table, layout,
 def _attend_tile(o, table, start, stop, past, kv_head, scores, span):  # type: ignore[no-untyped-def]
     """Compute attention for query tokens start to stop - 1 of a sequence and all query heads of one KV head.
 
-    ``o`` is the operand block. ``past`` is the position of the first token. ``scores`` is scratch [MAX_ROWS, span].
+    ``o`` is an ``AttendCall``. ``past`` is the position of token ``start``. ``scores`` is scratch [MAX_ROWS, span].
     """
     heads, dim = o.heads, o.dim
     layout = (o.kv_heads * o.block_tokens * dim, kv_head * o.block_tokens * dim, o.block_tokens, dim)

@@ -2,7 +2,7 @@
 
 There are two backends. ``paged`` calls ``varlen_attn``, which reads the cache through block tables if the installed
 FlashAttention supports them. ``gathered`` first copies the blocks into contiguous memory, which triples the memory
-traffic. At start ``pick_backend`` tests ``paged`` and falls back to ``gathered``.
+traffic. At start ``pick_backend`` tests ``paged``, and chooses ``gathered`` if the test fails.
 """
 
 from contextlib import suppress
@@ -22,7 +22,7 @@ GATHERED_TOKENS = 1 << 16
 
 
 class GpuKvCache:
-    """``keys`` and ``values`` [layers, blocks, block_tokens, kv_heads, head_dim], initially zero to avoid NaN."""
+    """The KV cache. ``keys`` and ``values`` [layers, blocks, block_tokens, kv_heads, head_dim] start as zeros."""
 
     def __init__(
         self, shape: ModelShape, blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
@@ -43,8 +43,8 @@ class GpuAttentionBatch:
     """The sequences of one step. A sequence's query tokens are its last tokens.
 
     Tensors on the device: ``query_start`` int32 [sequences + 1], the cumulative number of query tokens; ``seq_len``
-    int32 [sequences], the KV length including this step; ``table`` int32 [sequences, blocks]. On the host, ``queries``
-    and ``lengths`` hold each sequence's query tokens and KV length. A captured graph of decode steps has neither.
+    int32 [sequences], the KV length including this step; ``table`` int32 [sequences, blocks]. ``queries`` and
+    ``lengths``, on the host, are each sequence's number of query tokens and KV length. Captured graphs have neither.
     """
 
     query_start: torch.Tensor
@@ -96,7 +96,7 @@ def pick_backend(shape: ModelShape, block_tokens: int, dtype: torch.dtype, devic
 
 
 def _activate_newer_flash_attention(device: torch.device) -> None:
-    """Activate a newer FlashAttention if one is installed. The one in torch does not read block tables."""
+    """Activate an installed FlashAttention that is newer than torch's own, which cannot read block tables."""
     import torch.nn.attention as attention
 
     newer = "FA3" if torch.cuda.get_device_capability(device) < (10, 0) else "FA4"
@@ -160,7 +160,7 @@ def _paged(
 def _gathered(
     q: torch.Tensor, out: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: GpuAttentionBatch, scale: float
 ) -> None:
-    """Compute attention for adjacent decoding sequences together and for each prompt chunk separately."""
+    """Write attention to ``out``, for adjacent decoding sequences together and for each prompt chunk separately."""
     token = index = 0
     for decode, run in groupby(batch.queries, lambda queries: queries == 1):
         for queries in [tuple(run)] if decode else [(n,) for n in run]:
@@ -178,7 +178,7 @@ def _gathered_decode(
     q: torch.Tensor, out: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor,
     seq_len: torch.Tensor, scale: float,
 ) -> None:  # fmt: skip
-    """Compute attention for one query per sequence, copying up to GATHERED_TOKENS of KV at a time."""
+    """Write attention for one query per sequence to ``out``. The KV of a few sequences is copied at a time."""
     most, kv_heads = table.shape[1] * keys.shape[1], keys.shape[2]
     positions = torch.arange(most, device=q.device)
     rows = max(1, GATHERED_TOKENS // most)
@@ -202,7 +202,7 @@ def _gathered_decode(
 def _gathered_prefill(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor, length: int, scale: float
 ) -> torch.Tensor:
-    """Return the attention of one sequence's queries, [queries, heads, dim]."""
+    """Return the attention of one sequence's queries, [queries, heads, dim]. Its KV is in ``blocks``."""
     queries, kv_heads = q.shape[0], keys.shape[2]
     # Query heads that share a KV head are adjacent. ``expand`` repeats the keys for them without a copy.
     grouped = q.view(queries, kv_heads, -1, q.shape[2]).permute(1, 2, 0, 3)

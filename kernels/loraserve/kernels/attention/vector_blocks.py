@@ -34,7 +34,7 @@ def make_score_block(rows: int, positions: int) -> Any:
     """Return the intrinsic score(q, q_stride, keys, dim, out, out_stride, ahead).
 
     It computes out[row, p] = q[row] . keys[:, p] for float32 ``keys`` [dim, positions]. Even and odd dimensions are
-    summed separately, then added. It also prefetches the next group at address ``ahead``.
+    summed separately, then added. It also prefetches the memory at address ``ahead``, which the caller reads next.
     """
     vectors = positions // LANES
     at_once = min(vectors, max(1, most_sums() // (2 * rows)))
@@ -84,7 +84,7 @@ def _constant(value: float) -> Any:
 
 
 def _exp(builder: Any, x: Any) -> Any:
-    """Emit e**x for x <= 0, within 2 ulp (Cephes' expf). It is 0 below SMALLEST_EXPONENT, and NaN for NaN."""
+    """Emit e**x for x <= 0, within 2 ulp (Cephes' expf): 0 if x is below SMALLEST_EXPONENT, NaN if x is NaN."""
     small = builder.fcmp_ordered("<", x, _constant(SMALLEST_EXPONENT))
     x = builder.select(small, _constant(SMALLEST_EXPONENT), x)
     rint = cgutils.get_or_insert_function(builder.module, ir.FunctionType(VF32, [VF32]), f"llvm.rint.v{LANES}f32")
@@ -102,9 +102,9 @@ def _exp(builder: Any, x: Any) -> Any:
 
 @emitted(types.none(types.int64, types.int64, types.float32))
 def softmax(builder: Any, scores: Any, length: Any, scale: Any) -> None:
-    """Replace the first ``length`` scores with the softmax of ``scale`` * score, where ``scale`` > 0.
+    """Emit code that replaces the first ``length`` scores with the softmax of ``scale`` * score. ``scale`` is above 0.
 
-    Processes STEP floats at a time, and so overwrites up to STEP - 1 floats after ``length``.
+    The code processes STEP floats at a time, and so overwrites up to STEP - 1 floats after the last score.
     """
     whole = builder.and_(builder.add(length, ir.Constant(I64, STEP - 1)), ir.Constant(I64, -STEP))
     with cgutils.for_range_slice(builder, length, whole, ir.Constant(I64, 1), I64) as (index, _):
@@ -124,7 +124,7 @@ def softmax(builder: Any, scores: Any, length: Any, scale: Any) -> None:
 
 
 def _steps(builder: Any, start: Any, whole: Any) -> Any:
-    """Emit a loop over steps of two vectors. Yields (address of the vector, 0 or 1) for each vector of a step."""
+    """Emit a loop over ``whole`` floats, two vectors per iteration. Yields each vector's address and index, 0 or 1."""
     with cgutils.for_range_slice(builder, ir.Constant(I64, 0), whole, ir.Constant(I64, STEP), I64) as (index, _):
         for half in range(2):
             yield offset(builder, start, builder.add(index, ir.Constant(I64, half * LANES)), 4), half

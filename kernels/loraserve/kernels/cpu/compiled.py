@@ -29,7 +29,7 @@ _compile_lock = threading.Lock()
 
 
 class Kernel:
-    """A compiled function that takes the address of an operand block. It is compiled at its first use at the latest."""
+    """A compiled function that takes the address of an ``OperandBlock``. ``warm_up`` or the first use compiles it."""
 
     def __init__(self, function: Callable[[int], None]) -> None:
         self._function = function
@@ -38,7 +38,7 @@ class Kernel:
 
     @property
     def address(self) -> int:
-        """Machine address of the C function ``void (*)(void *)``."""
+        """Machine address of the compiled C function, a ``void (*)(void *)``."""
         if self._call is None:
             self.warm_up()
         address: int = self._compiled.address
@@ -60,7 +60,7 @@ class Kernel:
 
 
 def called(variant: str) -> Callable[[Callable[..., Any]], Any]:
-    """Return a decorator for a function that kernels call.
+    """Return a decorator that compiles a function which kernels call.
 
     ``variant``, the dtype, becomes part of the function's symbol. The disk cache holds code from several processes. If
     two dtypes had the same symbol, the linker could call the code of the wrong dtype.
@@ -75,12 +75,12 @@ def called(variant: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def inlined(function: Callable[..., Any]) -> Any:
-    """Decorate a function that is inlined into its callers, which saves compile time."""
+    """Compile a function with numba and inline it into its callers, which saves compile time."""
     return njit(nogil=True, error_model="numpy", inline="always")(function)
 
 
 def emitted(signature: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Return a decorator that turns a function that emits LLVM instructions into an intrinsic.
+    """Return a decorator that makes a numba intrinsic of a function which emits LLVM instructions.
 
     The function takes the builder and the arguments' LLVM values, and returns the result's LLVM value or None. It runs
     at compile time, once for each call in a kernel's source.

@@ -34,7 +34,7 @@ class OperandBlock(ctypes.Structure):
     """Base of all operand blocks. A subclass lists its operands in ``_fields_``.
 
     Subclasses set ``__slots__ = ()``, so that a misspelt operand raises AttributeError. ``next_part`` is the number of
-    the next part of the call that a thread takes (see threads.py).
+    the part that the next free thread computes (see threads.py).
     """
 
     __slots__ = ()
@@ -113,6 +113,6 @@ assert OperandBlock.next_part.offset == 0, "take_part counts up the first field"
 
 @emitted(types.int64(types.int64))
 def take_part(builder: Any, operands: Any) -> Any:
-    """Atomically take the next part of the call and return its number."""
+    """Emit an atomic increment of ``OperandBlock.next_part``. The old value is the part that the thread computes."""
     next_part = builder.inttoptr(operands, I64.as_pointer())
     return builder.atomic_rmw("add", next_part, ir.Constant(I64, 1), "acq_rel")

@@ -30,7 +30,7 @@ ON_X86 = platform.machine() in ("x86_64", "AMD64")
 
 
 class TeamState(ctypes.Structure):
-    """Memory that the threads of a team share. A POSIX mutex or condition variable takes at most 64 bytes."""
+    """Memory that the calling thread and its helpers share. Each mutex and condition variable has 128 bytes."""
 
     _fields_ = (
         ("mutex", ctypes.c_char * 128),
@@ -42,7 +42,7 @@ class TeamState(ctypes.Structure):
 
 
 class LeadCall(OperandBlock):
-    """Operands of ``_lead_call``: addresses of team state, kernel and operands, and the number of helpers wanted."""
+    """Operands of ``_lead_call``: addresses of ``TeamState``, kernel and its operands, and the number of helpers."""
 
     __slots__ = ()
     _fields_ = integers("state", "kernel", "operands", "helpers")
@@ -81,7 +81,7 @@ def _load_acquire(builder: Any, address: Any) -> Any:
 
 @emitted(no_result(0))
 def _pause(builder: Any) -> None:
-    """Emit a spin-wait hint, which lets the core's other hardware thread run."""
+    """Emit a spin-wait hint on x86, which lets the core's other hardware thread run."""
     if ON_X86:
         kind = ir.FunctionType(ir.VoidType(), [])
         builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
@@ -115,7 +115,7 @@ def _lead_call(operands):  # type: ignore[no-untyped-def]
 
 
 def _help_forever(state):  # type: ignore[no-untyped-def]
-    """Run a helper, which joins one call after another until the process exits."""
+    """Run a helper thread: join one kernel call after another until the process exits."""
     shared = _state(state)
     _lock(state)
     while shared.inside >= 0:
@@ -144,7 +144,7 @@ LEAD, HELP = Kernel(_lead_call), Kernel(_help_forever)
 
 
 class Team:
-    """Helper threads that share one kernel call at a time. A concurrent caller runs its call without helpers."""
+    """Helper threads, which work on one kernel call at a time. A concurrent caller runs its call without helpers."""
 
     def __init__(self) -> None:
         self._state = TeamState()

@@ -68,7 +68,7 @@ def prefetch(builder: Any, address: Any, lines: int, near: bool) -> None:
 
 
 def _prefetch_next(builder: Any, block: Any, stride: Any, rows: int, index: Any, step: int, element_bytes: int) -> None:
-    """Emit prefetches of a share of a later row block: as many bytes as ``step`` columns of ``rows`` rows."""
+    """Emit prefetches of the next ``rows`` rows. Each iteration of the caller's loop prefetches as much as it reads."""
     ahead = offset(builder, block, builder.mul(stride, ir.Constant(I64, AHEAD_BLOCKS * rows)), element_bytes)
     lines = -(-step * rows * element_bytes // LINE_BYTES)
     prefetch(builder, offset(builder, ahead, index, rows * element_bytes), lines, near=True)
@@ -99,12 +99,12 @@ def sum_lanes(builder: Any, vector: Any) -> Any:
 
 
 def offset(builder: Any, address: Any, index: Any, element_bytes: int) -> Any:
-    """Emit the address of element ``index``."""
+    """Emit the address of element ``index`` of the array at ``address``."""
     return builder.add(address, builder.mul(index, ir.Constant(I64, element_bytes)))
 
 
 def most_sums() -> int:
-    """Return the most vector sums that a block may hold in registers. The other half of the registers is for loads."""
+    """Return how many vector sums a block may keep in registers: half of them. The rest is for loaded values."""
     return 16 if binding.get_host_cpu_features().get("avx512vl") else 8
 
 
@@ -136,7 +136,7 @@ def block_of_size(sizes: Sequence[int], make_block: Callable[[int], Any]) -> Any
 def make_dot_block(tokens: int, rows: int, dtype: str) -> Any:
     """Return the intrinsic dot(x, x_stride, a, a_stride, k, out, out_stride).
 
-    It computes out[t, r] = x[t] . a[r] for ``tokens`` rows of float32 x and ``rows`` rows of a of type ``dtype``.
+    It computes out[t, r] = x[t] . a[r] for ``tokens`` rows of ``x`` (float32) and ``rows`` rows of ``a`` (``dtype``).
     Strides are in elements and ``k`` is the row length. The order of a sum does not depend on the block size.
     """
     rows_at_once = min(rows, max(1, most_sums() // (2 * tokens)))
@@ -161,9 +161,9 @@ def make_dot_block(tokens: int, rows: int, dtype: str) -> Any:
 def _dot_sums(
     builder: Any, x_rows: list[Any], a_rows: list[Any], k: Any, dtype: str, stride: Any
 ) -> dict[tuple[int, int], Any]:
-    """Emit the dot products of all pairs of rows. Each one adds whole vectors, then their lanes, then the tail.
+    """Emit the dot products of all pairs of rows. Each sum adds whole vectors, then their lanes, then the tail.
 
-    ``stride`` is the row stride of a in elements, or None to omit prefetching.
+    ``stride`` is the distance between ``a_rows`` in elements, or None to omit prefetching.
     """
     zero = ir.Constant(VF32, [0.0] * LANES)
     pairs = [(t, r) for t in range(len(x_rows)) for r in range(len(a_rows))]
@@ -203,8 +203,8 @@ def variable(builder: Any, value: Any) -> Any:
 def make_axpy_block(tokens: int, rows: int, dtype: str) -> Any:
     """Return the intrinsic axpy(y, y_stride, h, h_stride, b, b_stride, n).
 
-    It computes y[t] += sum over r of h[t, r] * b[r] for float32 y and h, and b of type ``dtype``. Strides are in
-    elements; ``n`` is the row length. Rows of b are added in order with FMA, so the block size does not change bits.
+    It computes y[t] += sum over r of h[t, r] * b[r]. ``y`` and ``h`` are float32, ``b`` is ``dtype``. Strides are in
+    elements; ``n`` is the row length. FMAs add the rows of ``b`` in order, so the block size does not change bits.
     """
     element_bytes = ELEMENT_BYTES[dtype]
 
@@ -242,9 +242,9 @@ def make_axpy_block(tokens: int, rows: int, dtype: str) -> Any:
 def make_mix_block(tokens: int, vectors: int, dtype: str) -> Any:
     """Return the intrinsic mix(y, y_stride, w, w_stride, values, stride, count, ahead).
 
-    It computes y[t] += sum over p of w[t, p] * values[p] for float32 y and w, and values of type ``dtype``. It holds
-    ``vectors`` vectors of each row of y in registers and adds the rows of values in order. The result has the same bits
-    as that of ``make_axpy_block``. It also prefetches the next call's values at address ``ahead``.
+    It computes y[t] += sum over p of w[t, p] * values[p] for ``tokens`` rows. ``y`` and ``w`` are float32, ``values``
+    are ``dtype``. Each row of ``y`` is ``vectors`` vectors long, held in registers. Rows of ``values`` are added in
+    order, as in ``make_axpy_block``, so both give equal bits. It also prefetches the next call's values from ``ahead``.
     """
     at_once = min(vectors, max(1, most_sums() // tokens))
 

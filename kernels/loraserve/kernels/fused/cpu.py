@@ -32,14 +32,14 @@ PART_ROWS = 8
 
 
 class NormCall(OperandBlock):
-    """Operands of ``_norm``. ``delta`` is 0 if nothing is added to x."""
+    """Operands of ``_norm``. The address ``delta`` is 0 if nothing is added to x."""
 
     __slots__ = ()
     _fields_ = (*integers("x", "delta", "weight", "out", "tokens", "width"), *fractions("eps"))
 
 
 class RotateCall(OperandBlock):
-    """Operands of ``_rotate``. ``q_weight`` and ``k_weight`` are 0 if heads are not normalised."""
+    """Operands of ``_rotate``. The addresses ``q_weight`` and ``k_weight`` are 0 if heads are not normalised."""
 
     __slots__ = ()
     _fields_ = (
@@ -59,14 +59,14 @@ _dot = make_dot_block(1, 1, "float32")
 
 @emitted(types.float32(types.float32))
 def _power_of_two(builder: Any, exponent: Any) -> Any:
-    """Emit 2**n for an integral float32 n between -126 and 127."""
+    """Emit 2**exponent for a float32 ``exponent`` that is an integer between -126 and 127."""
     biased = builder.add(builder.fptosi(exponent, I32), ir.Constant(I32, 127))
     return builder.bitcast(builder.shl(biased, ir.Constant(I32, 23)), F32)
 
 
 @inlined
 def _exp(x):  # type: ignore[no-untyped-def]
-    """Return e**x for x <= 0, within 2 ulp (Cephes' expf). Scalar and vector code give the same bits."""
+    """Return e**max(x, -87) for x <= 0, within 2 ulp (Cephes' expf). Scalar and vector code give the same bits."""
     x = max(x, np.float32(-87.0))
     n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     r = (x - n * np.float32(0.693359375)) - n * np.float32(-2.12194440e-4)
@@ -174,7 +174,7 @@ def add_rms_norm(
     eps: float,
     out: torch.Tensor,  # [tokens, width] float32
 ) -> torch.Tensor:
-    """Add ``delta`` to ``x``, write x / rms(x) * weight to ``out``, and return ``out``."""
+    """Add ``delta``, if given, to ``x``. Then write x / rms(x) * weight to ``out`` and return ``out``."""
     tokens, width = x.shape
     assert_dense(x, (tokens, width))
     assert_dense(weight, (width,))
@@ -199,7 +199,7 @@ def rotate(
     q: torch.Tensor,  # [tokens, heads, dim] float32, written
     kv_heads: int,
 ) -> None:
-    """Apply the rotary embedding to queries and keys, after an RMS norm of each head if ``norms`` is given."""
+    """Write rotated queries to ``q`` and rotate keys in place. With ``norms``, first apply an RMS norm to each head."""
     tokens, heads, dim = q.shape
     assert_dense(q, (tokens, heads, dim))
     assert_dense(qkv, (tokens, (heads + 2 * kv_heads) * dim))
@@ -220,7 +220,7 @@ def rotate(
 
 
 def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Write silu(gate_up[:, :width]) * gate_up[:, width:] to float32 ``out`` [tokens, width] and return it."""
+    """Write silu(gate_up[:, :width]) * gate_up[:, width:] to float32 ``out`` [tokens, width], and return ``out``."""
     tokens, width = out.shape
     assert_dense(out, (tokens, width))
     assert_dense(gate_up, (tokens, 2 * width))

@@ -30,7 +30,7 @@ def _rotate(
     qkv, q, keys, values, positions, kv_slot, cos, sin, q_weight, k_weight, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
-    """Process one head of one token. Queries are written to ``q``, keys and values to the cache."""
+    """Process one head of one token: rotate a query to ``q`` or a key to ``keys``, or copy a value to ``values``."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     source = qkv + (token * (HEADS + 2 * KV_HEADS) + head) * DIM
@@ -82,7 +82,7 @@ def add_rms_norm(
     eps: float,
     out: torch.Tensor,  # [tokens, width]
 ) -> torch.Tensor:
-    """Add ``delta`` to ``x``, write x / rms(x) * weight to ``out``, and return ``out``."""
+    """Add ``delta``, if given, to ``x``. Then write x / rms(x) * weight to ``out`` and return ``out``."""
     tokens, width = x.shape
     for tensor in (x, out) if delta is None else (x, out, delta):
         assert tensor.shape == x.shape, (tensor.shape, x.shape)
@@ -107,7 +107,7 @@ def rotate_and_store(
     norms: tuple[torch.Tensor, torch.Tensor] | None,  # float32 weights [dim] of the norms of query and key heads
     eps: float,
 ) -> None:
-    """Rotate queries and keys and store keys and values. Apply an RMS norm to each head first if ``norms`` is given."""
+    """Write rotated queries to ``q``, rotated keys and plain values to the KV cache. ``norms`` are applied first."""
     tokens, heads, dim = q.shape
     kv_heads = keys.shape[2]
     assert qkv.shape == (tokens, (heads + 2 * kv_heads) * dim), (qkv.shape, q.shape, keys.shape)

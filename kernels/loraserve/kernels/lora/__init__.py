@@ -1,6 +1,6 @@
 """Batched LoRA for adapters of different ranks. No rank is padded to the largest of the batch.
 
-The package exports the CPU implementation. ``implementation`` returns the module for a device. Both are imported
+The package exports the CPU implementation. ``implementation`` returns the module for a device. Each module is imported
 at first use, because the CPU module needs numba and the GPU module needs triton.
 """
 

@@ -36,10 +36,10 @@ class LoraBatch:
         return self.groups == 0
 
     def work(self, tables: AdapterTables) -> list[int]:
-        """Return an estimate of the work of each (layer, module), layer-major.
+        """Return the estimated work of each (layer, module), at index layer * 4 + module.
 
-        The estimate is the sum over groups of weights times tokens, counting at least WORK_TOKENS tokens per group. The
-        first call caches it, so all calls must pass the same ``tables``.
+        It sums weights * max(tokens, WORK_TOKENS) over the groups, where ``weights`` counts the adapter's elements in
+        the module. The first call caches the result, so all calls must pass the same ``tables``.
         """
         if not self._work:
             tokens = self.group_start.diff().clamp(min=WORK_TOKENS).long()
@@ -48,7 +48,7 @@ class LoraBatch:
 
 
 def plan_batch(slot_of_token: torch.Tensor) -> LoraBatch:
-    """Group tokens by adapter. ``slot_of_token`` int32 [tokens] holds NO_ADAPTER for base model tokens."""
+    """Group tokens by adapter. ``slot_of_token`` int32 [tokens] holds slots, and NO_ADAPTER for base model tokens."""
     order = torch.argsort(slot_of_token, stable=True).to(torch.int32)
     slots = slot_of_token[order.long()]
     without_adapter = int((slots == NO_ADAPTER).sum())

@@ -4,8 +4,8 @@
 vector_code.py). A token's result therefore has the same bits in any batch and with any number of threads. There is one
 kernel per dtype of the adapter pool.
 
-Threads share a call in parts (see cpu/threads.py). A part is one tile of an adapter's tokens, for one slice of the
-module or for all slices. Parts write different elements of y.
+Several threads compute one call (see cpu/threads.py). Each takes up to 32 tokens of one adapter at a time, for one
+slice of the module (such as q of qkv) or for all slices. No two threads write to the same element of y.
 """
 
 from typing import Any
@@ -49,7 +49,7 @@ SHARED_WORK = 1_000_000
 
 
 class AddLoraCall(OperandBlock):
-    """Operands of the kernels. ``layout`` and ``scales`` point to the rows for this (layer, module) of slot 0."""
+    """Operands of the kernels. ``layout`` and ``scales`` point to slot 0's rows for the call's (layer, module)."""
 
     __slots__ = ()
     _fields_ = (
@@ -64,7 +64,7 @@ _operands = reader(AddLoraCall)
 
 @inlined
 def _block_tokens(tokens, i):  # type: ignore[no-untyped-def]
-    """Return the number of tokens in the next block, which must be equally spaced: 4, 2 or 1."""
+    """Return the size of the next block of equally spaced token indices: 4, 2 or 1. ``i`` is the block's start."""
     left = len(tokens) - i
     if left >= 4:
         stride = tokens[i + 1] - tokens[i]
@@ -137,7 +137,7 @@ def _make_expand_many(dtype: str) -> Any:
 
     @called(dtype)
     def expand_many(y, y_width, tokens, h, h_stride, rank, b, b_width, columns):  # type: ignore[no-untyped-def]
-        """Compute the result of expand_few, but hold MIX_VECTORS vectors of output columns in registers."""
+        """Compute the result of ``expand_few``, but keep MIX_VECTORS vectors of each output row in registers."""
         step = MIX_VECTORS * LANES
         for column in range(0, columns, step):
             weights = b + column * item
@@ -178,7 +178,7 @@ def _make_add_tile(dtype: str) -> Any:
 
     @inlined
     def add_tile(y, y_width, x, k, slab, layout, scale, first, stop, widths, tokens):  # type: ignore[no-untyped-def]
-        """Add slices ``first`` to ``stop`` - 1 of one adapter for these tokens."""
+        """Add one adapter's LoRA output for slices ``first`` to ``stop`` - 1 and ``tokens`` to y."""
         column, row, total = 0, 0, 0
         for index in range(stop):
             if index < first:
@@ -267,7 +267,7 @@ def add_lora(
     layer: int,
     module: int,
 ) -> None:
-    """Add scale_i * (x[t] @ A_i^T) @ B_i^T to y[t, slice i] for each token t with an adapter. Shapes: reference.py."""
+    """Add the LoRA output of each token with an adapter to ``y``. The docstring in reference.py has the formula."""
     if batch.empty:
         return
     out = tables.out_features[module]
@@ -291,13 +291,13 @@ def add_lora(
 
 
 def _tile_tokens(tokens: int) -> int:
-    """Return the tokens per tile: few enough for PARTS_PER_THREAD parts, but at least FEW_TOKENS."""
+    """Return the tokens per tile, FEW_TOKENS to TILE_TOKENS, that give each thread about PARTS_PER_THREAD tiles."""
     fair = -(-tokens // (PARTS_PER_THREAD * torch.get_num_threads()))
     return min(TILE_TOKENS, max(FEW_TOKENS, -(-fair // 4) * 4))
 
 
 def _has_few_tiles(batch: LoraBatch, tile_tokens: int) -> bool:
-    """Return whether there are too few tiles to balance the load of all threads."""
+    """Return whether there are too few tiles to keep all threads equally busy."""
     tiles = batch.groups + batch.perm.numel() // tile_tokens
     return tiles < PARTS_PER_THREAD * torch.get_num_threads()
 

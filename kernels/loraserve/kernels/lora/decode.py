@@ -1,4 +1,4 @@
-"""Shrink and expand in one launch, for steps of few tokens. Expansion starts before all shrinking is done."""
+"""LoRA shrink and expand in one kernel launch, for steps of few tokens. Expand starts before all of shrink is done."""
 
 import triton
 import triton.language as tl
@@ -18,7 +18,7 @@ def decode(
     SPLIT: tl.constexpr, LOW: tl.constexpr, A_ALIGN: tl.constexpr, B_ALIGN: tl.constexpr, GROUPS: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Process work items in order. All tiles of A come before all blocks of outputs.
+    """Process the work items in order: first all tiles of A, then all blocks of outputs.
 
     When a program waits for a group's tiles, running programs have already taken them, and computing a tile never
     waits. So no deadlock is possible, however few programs run at a time. The last program resets the counters.

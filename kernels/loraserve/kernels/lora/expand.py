@@ -1,6 +1,6 @@
 """LoRA expand kernel: adds ``sum over r of h[m, r] * B[r, n]`` to ``y[perm[m], n]`` for each slice, rounding once.
 
-work.py defines the layout of the work lists.
+h is the result of the shrink kernel. work.py defines the layout of the work lists.
 """
 
 import triton
@@ -20,7 +20,7 @@ from loraserve.kernels.lora.work import (
 
 @triton.jit
 def wait_for_tiles(group_tiles, group, wanted):
-    """Spin until ``wanted`` tiles of the group's h are finished."""
+    """Spin until the counter of ``group`` in ``group_tiles`` shows ``wanted`` finished tiles of h."""
     while tl.atomic_add(group_tiles + group, 0, sem="acquire") < wanted:
         pass
 
@@ -63,7 +63,7 @@ def expand_tile(
     WAIT: tl.constexpr, MAX_RANK: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
     LOW: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute one block of outputs of one group. Blocks do not cross slices.
+    """Add h @ B to one block of outputs of one group. Blocks do not cross slices.
 
     h is read from memory in the weights' dtype: ptxas 12.8 miscompiles wgmma on sm_90 if an operand was computed
     in registers. With LOW, h is stored as a rounded value plus its remainder, which keeps the precision.
@@ -108,7 +108,7 @@ def expand(
     MAX_RANK: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, LOW: tl.constexpr,
     ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute all output blocks of all groups with a fixed number of programs."""
+    """Add h @ B to all output blocks of all groups, with a fixed number of programs."""
     BLOCKS: tl.constexpr = (N0 + BN - 1) // BN + (N1 + BN - 1) // BN + (N2 + BN - 1) // BN
     total = tl.load(lengths + GROUP_COUNT) * BLOCKS
     work = tl.program_id(0)

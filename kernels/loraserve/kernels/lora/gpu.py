@@ -30,7 +30,10 @@ def add_lora(
     layer: int,
     module: int,
 ) -> None:
-    """Add scale_i * (x[t] @ A_i^T) @ B_i^T to y[t, slice i] for each token t with an adapter, rounding once."""
+    """For each token t with an adapter and each slice i of the module, add its LoRA output to slice i of y[t].
+
+    The output is scale_i * (x[t] @ A_i^T) @ B_i^T, with that adapter's scale_i, A_i and B_i. Each sum is rounded once.
+    """
     widths = tables.out_features[module]
     assert tables is batch.tables, "the batch was planned for other tables"
     assert x.shape == (batch.used, tables.in_features[module]), (x.shape, batch.used)
@@ -79,7 +82,7 @@ def _prefill(y: torch.Tensor, x: torch.Tensor, pool: torch.Tensor, batch: LoraWo
 
 
 def _slice_widths(batch: LoraWork, module: int) -> dict[str, int]:
-    """Return the operands N0, N1 and N2, the output width of each slice. Missing slices have width 0."""
+    """Return the operands N0, N1 and N2, the output widths of the module's slices. Missing slices have width 0."""
     widths = batch.tables.out_features[module]
     return {f"N{i}": widths[i] if i < len(widths) else 0 for i in range(MAX_SLICES)}
 

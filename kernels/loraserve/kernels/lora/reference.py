@@ -15,7 +15,10 @@ def add_lora(
     layer: int,
     module: int,
 ) -> None:
-    """Add scale_i * (x[t] @ A_i^T) @ B_i^T to y[t, slice i] for each token t with an adapter, in float32."""
+    """For each token t with an adapter and each slice i of the module, add its LoRA output to slice i of y[t].
+
+    The output is scale_i * (x[t] @ A_i^T) @ B_i^T in float32, with that adapter's scale_i, A_i and B_i.
+    """
     for group in range(batch.group_slot.numel()):
         slot = int(batch.group_slot[group])
         tokens = batch.perm[int(batch.group_start[group]) : int(batch.group_start[group + 1])].long()

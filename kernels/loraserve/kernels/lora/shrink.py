@@ -1,9 +1,8 @@
 """LoRA shrink kernel: computes ``h[m, r] = scale * sum over k of x[perm[m], k] * A[r, k]`` for tokens with an adapter.
 
-K is split into SPLIT parts. Each part writes its partial sums to its own plane. The program that finishes the last part
-of a tile adds the planes in order. Values are not added atomically, so equal batches give equal bits.
-
-work.py defines the layout of the work lists.
+The K inputs are split into SPLIT parts. The sums of each part go to a separate array, its plane. The program that
+finishes the last part of a tile adds the planes in order. Sums are not added atomically, so equal batches give equal
+bits. work.py defines the layout of the work lists.
 """
 
 import triton
@@ -35,7 +34,7 @@ def shrink_part(
     K: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Return the partial sums of one tile of A over one part of K, float32 [BM, BR]."""
+    """Return the sums of one tile of h over one of the SPLIT parts of K, float32 [BM, BR]."""
     PART: tl.constexpr = ((K + SPLIT - 1) // SPLIT + BK - 1) // BK * BK
     EVEN: tl.constexpr = PART * SPLIT == K
     rows = tl.arange(0, BR)
@@ -65,7 +64,7 @@ def shrink_part(
 
 @triton.jit
 def clear_padding(at, group, m_mask, MAX_RANK: tl.constexpr):
-    """Write zeros from each slice's rank to the next multiple of 8, because h is read in vectors of 8."""
+    """Write zeros to h from each slice's rank to the next multiple of 8, because h is read in vectors of 8."""
     for i in tl.static_range(MAX_SLICES):
         rank = tl.load(group + GROUP_RANKS + i)
         column = rank // 8 * 8 + tl.arange(0, 8)
@@ -114,7 +113,7 @@ def add_to_planes(
     place, part, T,
     MAX_RANK: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Store one part's sums. Returns whether all parts of the tile are finished and, if so, their sums."""
+    """Store one part's sums. Returns (True, total of all parts) for the tile's last part, else (False, ``sums``)."""
     m = tl.arange(0, BM)
     rows = tl.arange(0, BR)
     # Write all BR columns, so that accesses are as wide as possible. Columns without a row of A are zero.
@@ -146,7 +145,7 @@ def shrink_tile(
     MAX_RANK: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, LOW: tl.constexpr, ALIGN: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute one part of one tile. Returns whether the tile's h is now complete."""
+    """Compute one part of K of one tile of A. Returns whether all parts of the tile's h are now finished."""
     place = tile_place + tile * TILE_FIELDS
     sums = shrink_part(
         x=x, pool=pool, perm=perm, tile_a=tile_a + tile, place=place, part=part,
@@ -174,7 +173,7 @@ def shrink(
     MAX_RANK: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, LOW: tl.constexpr, ALIGN: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute all tiles with a fixed number of programs."""
+    """Compute h for all tiles of A with a fixed number of programs."""
     total = tl.load(lengths + TILE_COUNT) * SPLIT
     work = tl.program_id(0)
     while work < total:

@@ -19,11 +19,11 @@ LAYOUT_FIELDS = B_OFFSETS + MAX_SLICES
 class AdapterTables:
     """Weight locations, ranks and scales of up to ``slots`` adapters. The 4 modules are qkv, o, gate_up and down.
 
-    ``layout`` int64 [slots, layers, 4, LAYOUT_FIELDS] has offsets from the slab's start; ``base`` int64 [slots] is the
-    slab's start in the pool, in elements. ``scales`` is float32 [slots, layers, 4, MAX_SLICES]. ``elements`` int64
-    [slots, layers, 4] counts weights. ``widths`` int64 [4, MAX_SLICES] is the output width of each slice. ``order``
-    int32 [slots] lists slots by descending rank, so that the GPU starts the largest adapters first. ``turn`` int32
-    [slots] is its inverse. Free slots have rank 0, so they add nothing.
+    ``layout`` int64 [slots, layers, 4, LAYOUT_FIELDS] has ranks, and element offsets from the slab's start. ``base``
+    int64 [slots] is the slab's first element in the pool. ``scales`` is float32 [slots, layers, 4, MAX_SLICES].
+    ``elements`` int64 [slots, layers, 4] counts weights. ``widths`` int64 [4, MAX_SLICES] is the output width of each
+    slice. ``order`` int32 [slots] lists slots by descending rank, so that the GPU starts the largest adapters first.
+    ``turn`` int32 [slots] is each slot's index in ``order``. Free slots have rank 0, so they add nothing.
     """
 
     def __init__(self, shape: ModelShape, slots: int, device: str = "cpu") -> None:

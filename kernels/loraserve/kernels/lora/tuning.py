@@ -1,7 +1,7 @@
 """Block sizes of the GPU kernels: tuned sizes for measured GPUs, safe defaults for all others.
 
-scripts/tune_kernels measures the sizes and writes a table. Its keys are a module's K and slice widths, a bucket of
-tokens and a bucket of ranks. A table applies only to GPUs with the name of the measured GPU.
+scripts/tune_kernels measures the sizes and writes a table. The key of an entry is a module's input width K and slice
+widths, a bucket of tokens and a bucket of ranks. A table applies only to GPUs with the name of the measured GPU.
 """
 
 import logging
@@ -39,7 +39,7 @@ class Blocks(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TunedBlocks(msgspec.Struct, frozen=True, kw_only=True):
-    """The fastest blocks measured for one key. ``floor_ratio`` is their time divided by that of reading the weights."""
+    """The fastest blocks for one key. ``floor_ratio`` is the kernel's time divided by the time to read the weights."""
 
     k: int
     widths: tuple[int, ...]
@@ -50,7 +50,7 @@ class TunedBlocks(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TuningTable(msgspec.Struct, frozen=True, kw_only=True):
-    """All measurements on one GPU model, with the command and the date."""
+    """All measurements on one GPU model, with the command and the date of the measurement."""
 
     gpu: str
     command: str
@@ -64,14 +64,14 @@ def bucket(value: int, buckets: tuple[int, ...]) -> int:
 
 
 def pick(gpu: str, k: int, widths: tuple[int, ...], tokens: int, rank: int) -> Blocks:
-    """Return the block sizes for a step of ``tokens`` tokens whose largest rank is ``rank``."""
+    """Return a module's block sizes for steps of ``tokens`` tokens and adapters of ranks up to ``rank``."""
     key = (k, widths, bucket(tokens, TOKEN_BUCKETS), bucket(rank, RANK_BUCKETS))
     tuned = _tuned(gpu).get(key)
     return tuned or default_blocks(k, tokens)
 
 
 def default_blocks(k: int, tokens: int) -> Blocks:
-    """Return sizes that compile without register spills and run on GPUs from sm_80 on."""
+    """Return block sizes that compile without register spills and run on GPUs from sm_80 on."""
     if tokens > DECODE_TOKENS:
         # A large K, as in the down module, needs more parts to give every multiprocessor work.
         split = 1 if tokens > 4096 else max(4, min(8, k // (1024 if tokens <= 1024 else 2048)))

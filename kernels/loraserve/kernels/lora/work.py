@@ -59,7 +59,7 @@ def sort_tokens(
     T,
     BLOCK: tl.constexpr,
 ):
-    """Sort the tokens of a step by slot. Program s lists the tokens of slot s."""
+    """Sort the tokens of a step by their slot's ``turn``. Program s writes the tokens of slot s to ``perm``."""
     slot = tl.program_id(0)
     own_turn = tl.load(turn + slot)
     lanes = tl.arange(0, BLOCK)
@@ -93,7 +93,7 @@ def _of_module(module, first, second, third, fourth):
 def _write_groups(
     group_place, group_b, group_scale, group, start_token, tokens, tiles, base, layout_row, scale_row, mask
 ):
-    """Write one group for each slot. The group has ``tokens`` tokens, starting at index ``start_token`` of perm."""
+    """Write one group for each slot in ``mask``. It has ``tokens`` tokens, from index ``start_token`` of perm on."""
     place = group_place + group * GROUP_FIELDS
     tl.store(place + GROUP_START, start_token, mask=mask)
     tl.store(place + GROUP_TOKENS, tokens, mask=mask)
@@ -124,7 +124,7 @@ def _write_tiles(
     br,
     BLOCK: tl.constexpr,
 ):
-    """Write all tiles of one group for each slot. Slots have 0 to ``most_tiles`` tiles."""
+    """Write all tiles of one group for each slot in ``has_group``. A slot has at most ``most_tiles`` tiles."""
     for tile0 in range(0, most_tiles, BLOCK):
         index = tile0 + tl.arange(0, BLOCK)[None, :]
         mask = has_group[:, None] & (index < tiles[:, None])
@@ -141,10 +141,10 @@ def _write_tiles(
 
 @triton.jit
 def _read_slots(count, order, base, layout, scales, SLOTS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):
-    """Read the tokens and the adapter of each slot for the program's row. Lane i reads slot order[i].
+    """Read each slot's token count and its adapter's data for one (layer, module). Lane i reads slot order[i].
 
-    Returns the number of tokens, the addresses of the slot's rows of ``layout`` and ``scales``, the pool offsets of the
-    slab and of A, and the rows of A.
+    Returns the token count, the addresses of the slot's rows of ``layout`` and ``scales``, the pool offsets of the slab
+    and of A, and the number of rows of A.
     """
     lane = tl.arange(0, LANES)
     is_slot = lane < SLOTS
@@ -245,7 +245,7 @@ class Workspace:
         dtype: torch.dtype,
         blocks: tuple[Blocks, ...] | None = None,
     ) -> None:
-        """Allocate memory for steps of up to ``tokens`` tokens and adapters of up to ``max_rank``.
+        """Allocate memory for steps of up to ``tokens`` tokens and adapters of ranks up to ``max_rank``.
 
         ``blocks`` holds the block sizes of each module. The default is the tuned sizes.
         """
@@ -270,8 +270,8 @@ class Workspace:
 class LoraWork:
     """Work lists of each (layer, module) for steps of up to ``tokens`` tokens, one step at a time.
 
-    The buffers' addresses never change. ``plan`` makes the same launches for every batch and reads nothing back, so a
-    captured graph works for all batches.
+    The buffers' addresses never change. For steps of equal size, ``plan`` makes equal launches and reads nothing back,
+    so one captured graph works for all of these steps.
     """
 
     def __init__(

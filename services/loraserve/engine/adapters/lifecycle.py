@@ -20,8 +20,8 @@ stateDiagram-v2
 ```
 
 The state describes the bytes of the slab. The users of the adapter are recorded separately. `PoolEntry` counts running
-requests and peers' leases, and records the plan's pin. `Residency` knows the waiting requests, the plan being prepared
-and the prefetch candidates, which can also name absent adapters.
+requests and peers' leases, and records the plan's pin. `Residency` records the plan being prepared and the prefetch
+candidates, which can also name absent adapters.
 """
 
 from enum import Enum
@@ -113,10 +113,10 @@ class LoadedSlab(msgspec.Struct, frozen=True):
 
 
 class AnnouncedRead(msgspec.Struct):
-    """A read in progress whose layers steps may use as they arrive. ``number`` is unique within the engine.
+    """A read in progress. Steps may use its layers as they arrive. ``number`` is unique within the engine.
 
-    A step with at least ``least_tokens`` prefill tokens is expected to last until the slab is verified. None means that
-    no step may start early. ``failed_once`` is set after a step that used this read was discarded.
+    A step with at least ``least_tokens`` prefill tokens is expected to last until the slab is verified. If it is None,
+    no request may start before that time. ``failed_once`` is set when the result of a step with this read is discarded.
     """
 
     number: int
@@ -151,7 +151,6 @@ class PoolEntry(msgspec.Struct):
 
     @property
     def is_complete(self) -> bool:
-        """Whether the whole slab has been verified in its extent."""
         return self.state in COMPLETE_STATES
 
     @property
@@ -177,7 +176,7 @@ class PoolEntry(msgspec.Struct):
             self.announced = None
 
     def announce_read(self, number: int, least_tokens: int | None) -> None:
-        """Record a new read, or update ``least_tokens`` of the read announced last."""
+        """Record the read ``number`` as the current one. If it is already recorded, update its ``least_tokens``."""
         self.apply(LifecycleEvent.READ_ANNOUNCED)
         if self.announced is not None and self.announced.number == number:
             self.announced.least_tokens = least_tokens

@@ -6,9 +6,9 @@ allocation takes the low end of the smallest hole that is large enough (best fit
 extents at opposite ends, was no better.
 
 `EvictionPolicy` chooses the adapters to evict when another adapter needs a slot or memory. A victim set is minimal:
-evicting all its adapters makes enough room, evicting fewer does not. If only a slot is missing, every single adapter is
-a victim set. If memory is missing, a victim set is a run of adjacent extents. The cheapest set is evicted: the one with
-the fewest plan pins, then the one whose most recent use is oldest, then fewest bytes, then lowest offset.
+evicting the whole set is enough, evicting fewer adapters is not. If only a slot is missing, each
+evictable adapter is a victim set. If memory is missing, a victim set is a run of adjacent extents. The cheapest set is
+evicted: fewest plan pins, then the set whose most recent use is oldest, then fewest bytes, then lowest offset.
 
 An adapter is not evicted while it loads, while a request runs with it, or while a peer holds a lease on its extent. An
 adapter pinned by a plan may be evicted for a waiting request, but not for a prefetch or another adapter of the plan.
@@ -34,7 +34,7 @@ from loraserve.messages import AdapterRef
 
 
 class ExtentAllocator:
-    """Allocates extents in a region. Bytes after the last whole granule are never used."""
+    """Allocates extents in a memory region. Their sizes are multiples of ``min_extent_bytes``, the granule."""
 
     def __init__(self, region_bytes: int, min_extent_bytes: int = MIN_EXTENT_BYTES) -> None:
         self._granule_bytes = min_extent_bytes
@@ -45,7 +45,6 @@ class ExtentAllocator:
         """The (start, end) of each hole, sorted."""
 
     def extent_bytes(self, wanted_bytes: int) -> int:
-        """Return the size of the extent that an allocation of ``wanted_bytes`` takes."""
         return extent_bytes(wanted_bytes, self._granule_bytes)
 
     @property
@@ -63,7 +62,7 @@ class ExtentAllocator:
         return any(end - start >= wanted for start, end in self._holes)
 
     def allocate(self, wanted_bytes: int) -> int | None:
-        """Return the offset of a new extent, None if no hole is large enough. Of equal holes, the lowest is used."""
+        """Return the offset of a new extent in the smallest hole that is large enough; None if there is none."""
         wanted = self.extent_bytes(wanted_bytes)
         fitting = [(end - start, index) for index, (start, end) in enumerate(self._holes) if end - start >= wanted]
         if not fitting:
@@ -140,7 +139,7 @@ _Cost = tuple[int, float, int, int]
 
 
 class EvictionPolicy:
-    """Chooses the victims. It reads the pool's ``entries``, ``extents`` and ``free_slots`` but changes nothing."""
+    """Chooses the adapters to evict. It reads the pool's ``entries``, ``extents`` and ``free_slots``."""
 
     def __init__(self, entries: Mapping[str, PoolEntry], extents: ExtentAllocator, free_slots: Sequence[int]) -> None:
         self._entries = entries
@@ -149,28 +148,31 @@ class EvictionPolicy:
 
     @property
     def free_bytes(self) -> int:
-        """The bytes that are free or held by evictable adapters. They need not be contiguous."""
+        """Total bytes that are free or held by evictable adapters. They need not be contiguous."""
         return self._extents.free_bytes + sum(
             self._extents.extent_bytes(e.adapter.slab_bytes) for e in self._entries.values() if e.evictable
         )
 
     @property
     def room_bytes(self) -> int:
-        """The largest extent a waiting request can get now by evicting adapters without running requests or leases."""
+        """Size in bytes of the largest extent after evicting all adapters that no load, request or lease uses."""
         idle = {e.offset_bytes for e in self._entries.values() if e.is_complete and not e.running and not e.leases}
         return self._extents.largest_hole_without(idle) if idle or self._free_slots else 0
 
     def find_victims(
         self, adapter: AdapterRef, keep: Collection[str] = (), drop_plan_pins: bool = False
     ) -> list[PoolEntry] | None:
-        """Return the entries to evict for ``adapter``; [] if it fits already, None if no eviction makes room."""
+        """Return the entries to evict for ``adapter``; [] if it fits already, None if evictions are not enough.
+
+        Versions in ``keep`` are not evicted. Adapters pinned by the plan are evicted only if ``drop_plan_pins``.
+        """
         idle = self._idle(keep, drop_plan_pins)
         return self._cheapest(adapter.slab_bytes, [entry for entry in idle if not entry.leases])
 
     def find_leased_victims(
         self, adapter: AdapterRef, keep: Collection[str] = (), drop_plan_pins: bool = False
     ) -> frozenset[str]:
-        """Return the versions whose leases must end before ``adapter`` fits. Empty if that does not help."""
+        """Return the versions whose leases must end so that ``adapter`` fits. Empty if it would still not fit."""
         if not any(entry.leases for entry in self._entries.values()):
             return frozenset()
         victims = self._cheapest(adapter.slab_bytes, self._idle(keep, drop_plan_pins))
@@ -182,10 +184,10 @@ class EvictionPolicy:
         return self._cheapest(adapter.slab_bytes, others) is not None
 
     def find_blockers(self, adapter: AdapterRef, places: int) -> frozenset[str]:
-        """Return the versions that block ``adapter``: those in the ``places`` victim sets with the fewest requests.
+        """Return the versions to evict for ``adapter``, including versions with running requests.
 
-        Only running requests count, because leases end by themselves. The result is empty if evicting adapters without
-        running requests makes room now.
+        Of the minimal sets whose eviction is enough, takes the ``places`` sets with the fewest running requests. The
+        result is empty if evicting adapters without running requests and leases is enough.
         """
         if self._extents.extent_bytes(adapter.slab_bytes) <= self.room_bytes:
             return frozenset()
@@ -194,7 +196,7 @@ class EvictionPolicy:
         return frozenset(entry.adapter.version for choice in cheapest for entry in choice)
 
     def _idle(self, keep: Collection[str], drop_plan_pins: bool) -> list[PoolEntry]:
-        """Return the entries that may be evicted as soon as they have no leases."""
+        """Return the entries that may be evicted once they have no leases. For the parameters, see `find_victims`."""
         return [
             entry
             for version, entry in self._entries.items()
@@ -207,7 +209,7 @@ class EvictionPolicy:
         return min(self._choices(wanted_bytes, removable), key=_cost, default=None)
 
     def _choices(self, wanted_bytes: int, removable: list[PoolEntry]) -> Iterator[list[PoolEntry]]:
-        """Yield each victim set (see the module docstring) among the ``removable`` entries."""
+        """Yield each minimal set of ``removable`` entries whose eviction frees a slot and ``wanted_bytes``."""
         if self._extents.fits(wanted_bytes):
             yield from ([entry] for entry in removable)
             return
@@ -217,7 +219,7 @@ class EvictionPolicy:
 
 
 def describe_eviction(victim: PoolEntry, victims: int, adapter: AdapterRef, now: float) -> str:
-    """Return the eviction reason for logs and stories. ``victims`` is the number of adapters evicted together."""
+    """Return the logged reason for evicting ``victim``. ``victims`` is the number of adapters evicted together."""
     unused = f"unused for {now - victim.used_s:.1f} s"
     together = f" together with {victims - 1} others" if victims > 1 else ""
     if victim.planned:
@@ -230,7 +232,7 @@ def describe_eviction(victim: PoolEntry, victims: int, adapter: AdapterRef, now:
 
 
 def _cost(victims: Sequence[PoolEntry]) -> _Cost:
-    """Return the cost of evicting ``victims`` as a sort key. A subset of ``victims`` always costs less."""
+    """Return a sort key for sets to evict: (plan pins, most recent use, bytes, offset)."""
     return (
         sum(victim.planned for victim in victims),
         max(victim.used_s for victim in victims),
@@ -240,24 +242,22 @@ def _cost(victims: Sequence[PoolEntry]) -> _Cost:
 
 
 def _cost_in_requests(victims: Sequence[PoolEntry]) -> _Cost:
-    """Return a sort key: the number of requests that run with ``victims``, then plan pins, bytes and offset.
+    """Return a sort key for sets to evict: (running requests, plan pins, bytes, offset).
 
-    The key never increases unless another request starts running with a victim.
+    Unlike `_cost`, it omits the most recent use, which changes whenever a request ends.
     """
     planned, _, slab_bytes, offset_bytes = _cost(victims)
     return sum(victim.running for victim in victims), planned, slab_bytes, offset_bytes
 
 
 class Placed(msgspec.Struct, frozen=True):
-    """The slot and the extent of a new adapter, and the entries that were evicted for it."""
-
     slot: int
     offset_bytes: int
     evicted: tuple[PoolEntry, ...]
 
 
 class AdapterPool:
-    """The engine's adapter memory. Versions that it does not hold are ABSENT.
+    """Records which adapters are in the engine's pool. Other adapter versions have the state ABSENT.
 
     ``leases_to_end`` holds the versions whose leases keep another adapter from being placed. They get no new leases.
     """
@@ -290,7 +290,7 @@ class AdapterPool:
         return entry.state if entry is not None else LifecycleState.ABSENT
 
     @property
-    def awaited(self) -> frozenset[str]:
+    def not_lendable(self) -> frozenset[str]:
         """The versions that get no new leases: those in ``leases_to_end`` and those that are damaged or failed."""
         leaving = (version for version, entry in self._entries.items() if entry.state in LEAVING_STATES)
         return self.leases_to_end.union(leaving)
@@ -321,7 +321,8 @@ class AdapterPool:
     ) -> Placed | None:
         """Give an absent adapter a slot and an extent, evicting others if needed.
 
-        Versions in ``keep`` are not evicted. Returns None, with nothing evicted, if the adapter cannot be placed.
+        For ``keep`` and ``drop_plan_pins``, see `EvictionPolicy.find_victims`. If evictions are not enough, returns
+        None and evicts nothing.
         """
         victims = self.eviction.find_victims(adapter, keep, drop_plan_pins)
         if victims is None:
@@ -339,7 +340,7 @@ class AdapterPool:
         return Placed(slot, offset, tuple(victims))
 
     def apply(self, version: str, event: LifecycleEvent) -> PoolEntry:
-        """Apply an event after which the adapter keeps its extent. Return its entry."""
+        """Apply an event to the adapter's state and return its entry. The event must not free the extent."""
         entry = self._entries[version]
         entry.apply(event)
         return entry
@@ -365,7 +366,6 @@ class AdapterPool:
         entry.used_s = now
 
     def lease(self, version: str) -> PoolEntry:
-        """Count one more lease on the adapter and return its entry."""
         entry = self._entries[version]
         assert entry.is_complete, f"{version} was leased before it is loaded"
         entry.leases += 1
@@ -379,7 +379,7 @@ class AdapterPool:
         self.leases -= 1
 
     def pin_for_plan(self, version: str, epoch: int | None) -> bool:
-        """Pin the adapter for the plan of ``epoch``, or unpin it if None. Return whether that pinned or unpinned it."""
+        """Pin the adapter for the plan of ``epoch``; None unpins it. Return whether it became pinned or unpinned."""
         entry = self._entries.get(version)
         if entry is None:
             return False
@@ -400,7 +400,7 @@ class AdapterPool:
         assert self.leases == sum(entry.leases for entry in self._entries.values()), "the leases are counted wrong"
 
     def _remove(self, entry: PoolEntry, event: LifecycleEvent) -> None:
-        """Free the slot and the extent. The entry keeps its last state for the caller."""
+        """Free the adapter's slot and extent after ``event``. ``entry.state`` keeps the state before the event."""
         assert next_state(entry.state, event) is LifecycleState.ABSENT, event
         assert not entry.leases, f"{entry.adapter.version} left while it was leased"
         self._extents.release(entry.offset_bytes)

@@ -50,7 +50,7 @@ class _Leader(msgspec.Struct):
 
 
 class _Window(msgspec.Struct):
-    """The time after a leader's request in which followers are counted. A burst of requests opens only one window."""
+    """The time after a request for an adapter in which requests for other adapters are counted as its followers."""
 
     ends_s: float
     seen: set[str] = msgspec.field(default_factory=set)
@@ -59,7 +59,7 @@ class _Window(msgspec.Struct):
 class Followers:
     """Counts, for each adapter (the leader), which adapters are requested soon after it (its followers).
 
-    The least recently requested leaders are forgotten first, and the rarest followers of each leader.
+    If there are too many, the least recently requested leaders and the rarest followers of a leader are forgotten.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Followers:
         """The open window of each leader, ordered by end time."""
 
     def note_request(self, adapter: AdapterRef, now: float) -> list[AdapterRef]:
-        """Count a request for ``adapter``. Return the adapters that usually follow it, the most frequent first."""
+        """Count a request for ``adapter``. Return the adapters usually requested soon after, most frequent first."""
         self._close_windows(now)
         for version, window in self._windows.items():
             if version != adapter.version and adapter.version not in window.seen:
@@ -84,7 +84,7 @@ class Followers:
         return expected
 
     def forget(self, version: str) -> None:
-        """Stop expecting the adapter until it is requested again."""
+        """Remove the adapter as a follower of all leaders. Its counts start again from zero."""
         for leader in self._leaders.values():
             leader.followers.pop(version, None)
 
@@ -158,7 +158,7 @@ class PrefetchCandidates:
         return [candidate.adapter for candidate in self._candidates.values() if candidate.kind == kind]
 
     def expect(self, adapter: AdapterRef, kind: PrefetchKind, now: float) -> bool:
-        """Add or renew a candidate. Return True if it was added, False if it was known or there are too many."""
+        """Add or renew a candidate. Return whether it was added. PATTERN does not renew an ADMISSION candidate."""
         known = self._candidates.get(adapter.version)
         if known is not None and known.kind == PrefetchKind.ADMISSION and kind == PrefetchKind.PATTERN:
             return False
@@ -168,7 +168,7 @@ class PrefetchCandidates:
         return known is None
 
     def note_request(self, adapter: AdapterRef, now: float) -> list[AdapterRef]:
-        """Drop the candidate because its request has arrived. Return the adapters that usually follow it."""
+        """Drop the candidate, as its request has arrived. Return the adapters usually requested soon afterwards."""
         self.drop(adapter.version)
         return self._followers.note_request(adapter, now)
 
@@ -180,7 +180,7 @@ class PrefetchCandidates:
         self._candidates.pop(version, None)
 
     def drop_failed(self, version: str) -> None:
-        """Drop a candidate whose load failed. It is not expected as a follower again until it is requested."""
+        """Drop a candidate whose load failed, and no longer count it as a follower of other adapters."""
         self.drop(version)
         self._followers.forget(version)
 
@@ -215,7 +215,7 @@ class PrefetchTally:
         (self._useful if prefetched.ran else self._wasted)[prefetched.kind] += prefetched.slab_bytes
 
     def counts(self, in_pool: Iterable[PrefetchedAdapter]) -> tuple[PrefetchCounts, ...]:
-        """Return the counts of each kind that was loaded. ``in_pool`` yields the prefetched adapters in the pool."""
+        """Return the bytes loaded, useful and wasted by kind. ``in_pool`` yields the pool's prefetched adapters."""
         useful = self._useful.copy()
         for prefetched in in_pool:
             if prefetched.ran:

@@ -1,7 +1,8 @@
 """Decides which adapters to load, in which order, and which loads to cancel.
 
 Waiting requests have priority over the plan. Prefetch candidates never evict an adapter that a request or the plan
-needs. At most ``max_loads`` loads run at once. A plan is answered when each of its adapters is resident or has failed.
+needs. At most ``max_loads`` loads run at once. The planner gets `PlanReady` when each adapter of its plan is
+resident or has failed.
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -43,14 +44,14 @@ from loraserve.story import Story
 REST_FACTOR = 7.0
 """After each load of the plan, its loads pause for this multiple of the load's duration."""
 LONGEST_REST_S = 0.2
-"""Maximum pause after a load of the plan. The pause offsets a load's fixed cost to concurrent steps, which does not
-grow with the slab. Longer pauses would only delay the plan."""
+"""Maximum pause after a load of the plan. The cost to steps is partly constant per load, so a longer pause for large
+slabs is useless."""
 
 
 class PlannedLoads:
     """The adapters of the plan being prepared that are not resident yet (``missing``) or have failed.
 
-    One plan is prepared at a time. It is answered when no adapter is missing any more.
+    One plan is prepared at a time. Its answer is `PlanReady`, given when no adapter is missing any more.
     """
 
     def __init__(self, pool: AdapterPool) -> None:
@@ -62,7 +63,7 @@ class PlannedLoads:
         self._failed: dict[str, str] = {}
 
     def begin(self, epoch: int, adapters: Collection[AdapterRef]) -> list[Instruction]:
-        """Start to prepare a plan. If another plan was being prepared, fail the rest of it and return its answer."""
+        """Start to prepare a plan. Return the PlanReady of an unfinished earlier plan, whose missing adapters fail."""
         for version in list(self.missing):
             self.fail(version, "a newer plan came")
         answers = self.take_answer()
@@ -72,7 +73,7 @@ class PlannedLoads:
         return answers
 
     def retire(self, epoch: int, kept: Collection[str]) -> None:
-        """Fail the missing adapters if the plan being prepared is of ``epoch`` or older, except those in ``kept``."""
+        """Fail the missing adapters that are not in ``kept``, if the plan being prepared is of ``epoch`` or older."""
         self.newest_epoch = max(self.newest_epoch, epoch)
         if self._epoch is not None and self._epoch <= epoch:
             for version in self.missing.keys() - kept:
@@ -88,7 +89,7 @@ class PlannedLoads:
             self._failed[version] = message
 
     def take_answer(self) -> list[Instruction]:
-        """Return the plan's answer if no adapter is missing; [] before that and after the answer was taken."""
+        """Return [PlanReady] the first time that no adapter of the plan is missing, else []."""
         if self._epoch is None or self.missing:
             return []
         answer = PlanReady(self._epoch, self._failed)
@@ -100,8 +101,8 @@ class LoadPace:
     """Limits the loads of a plan while steps run: one load at a time, and a pause after each.
 
     Loads slow down concurrent steps. If steps run on the CPU, a load costs them about 3 ms for its messages, copy and
-    digests (SmolLM2-135M, 2 cores). Unlimited loads of 13 MB made the median step 35% longer. A plan is not that
-    urgent. Loads for waiting requests are not limited.
+    digests (SmolLM2-135M, 2 cores). Unlimited loads of 13 MB made the median step 35% longer. A plan can wait, so its
+    loads are limited. Loads for waiting requests are not.
     """
 
     def __init__(self) -> None:
@@ -123,7 +124,7 @@ class LoadPace:
 
 
 class LoadPass(msgspec.Struct):
-    """The state of one pass over all adapters that may begin to load.
+    """The state of one pass over the adapters that wait to be loaded.
 
     Versions in ``keep`` are not evicted. Adapters of ``no_room_bytes`` or more do not fit. The leases on
     ``leases_to_end`` must end before an adapter that does not fit can be placed.
@@ -152,13 +153,12 @@ class Residency:
         return self._plan.newest_epoch
 
     def is_ready(self, version: str) -> bool:
-        """Return whether requests for ``version`` may begin. The base model ("") is always ready."""
+        """Return whether the adapter is resident. The base model ("") is always ready."""
         return version == "" or self.pool.state(version) is LifecycleState.RESIDENT
 
     def handle(
         self, event: CopiesRequested | CopiesRetired | LeasesEnded | AdapterExpected, now: float
     ) -> list[Instruction]:
-        """Handle an event of the plan, of leases or of prefetching, and return instructions."""
         match event:
             case CopiesRequested(epoch, adapters):
                 return self.prepare_plan(epoch, adapters)
@@ -176,9 +176,9 @@ class Residency:
             self._expect(follower, PrefetchKind.PATTERN, now)
 
     def prepare_plan(self, epoch: int, adapters: tuple[AdapterRef, ...]) -> list[Instruction]:
-        """Prepare to load and pin the adapters of a plan, and give up the plan that was still being prepared.
+        """Start to prepare a plan and give up an unfinished earlier one. Return a PlanReady for each completed plan.
 
-        A plan older than the newest one is refused: it comes from a planner that has been replaced.
+        A plan older than the newest one is refused, because its planner has been replaced.
         """
         if epoch < self.plan_epoch:
             late = f"epoch {epoch} is older than epoch {self.plan_epoch}, which was asked for here already"
@@ -222,19 +222,19 @@ class Residency:
         return [*self._evict_leaving(), *self._plan.take_answer()]
 
     def drop_cancelled_load(self, version: str) -> list[Instruction]:
-        """Free the extent of a cancelled load. Requests that have arrived for the adapter since start another load."""
+        """Free the extent of a cancelled load. If a request needs the adapter again, another load begins later."""
         self.pool.apply(version, LifecycleEvent.LOAD_FAILED)
         return self._evict_leaving()
 
     def start_loads(
         self, requested: Iterable[AdapterRef], now: float, idle: bool, stepping: bool = False
     ) -> list[Instruction]:
-        """Begin the loads for which there is room and cancel the loads that nothing needs any more.
+        """Begin the loads that fit in the pool, and cancel the loads that nothing needs any more.
 
         The order is: adapters of waiting requests, ADMISSION candidates, the plan, PATTERN candidates. ``requested`` is
         in order of arrival. An adapter of a request is not evicted for a later request. Otherwise two requests could
-        evict each other's adapters and neither would run. ``idle`` means that no request is left whose end could make
-        room. ``stepping`` means that steps run. Another pass follows each step.
+        evict each other's adapters and neither would run. ``idle`` means that the engine has no requests, so waiting
+        for a request to end cannot free memory. ``stepping`` means that steps run, which limits the plan's loads.
         """
         self._pace.update(now)
         requested = list(requested)
@@ -254,9 +254,9 @@ class Residency:
         return [*current.instructions, *self._plan.take_answer()]
 
     def find_blockers(self, adapter: AdapterRef | None, places: int) -> frozenset[str]:
-        """Return the adapters that must be evicted to make room for ``adapter`` (`EvictionPolicy.find_blockers`).
+        """Return the versions to evict before ``adapter`` can be loaded (see `EvictionPolicy.find_blockers`).
 
-        There are none for the base model (None) and for an adapter that the pool holds or loads.
+        The result is empty for the base model (None), and for an adapter that is in the pool or is being loaded.
         """
         if adapter is None or adapter.version in self.pool:
             return frozenset()
@@ -325,7 +325,7 @@ class Residency:
         return True
 
     def _load_planned(self, idle: bool, current: LoadPass) -> bool:
-        """Load missing adapters of the plan. Return whether all were considered."""
+        """Load missing adapters of the plan. Return False if a limit on loads was reached before the last one."""
         # If one adapter will fit later, all adapters up to its size will: they need no search.
         room_to_come_bytes = 0
         for adapter in list(self._plan.missing.values()):
@@ -345,21 +345,21 @@ class Residency:
         return True
 
     def _can_never_fit(self, adapter: AdapterRef, idle: bool) -> bool:
-        """Return whether an adapter of the plan can never be placed before the plan is answered.
+        """Return whether an adapter of the plan cannot be placed before the plan's PlanReady is sent.
 
-        This happens under load too: the pins of the previous plan are dropped only after this plan is answered.
+        Adapters pinned by the previous plan may fill the pool. They are unpinned only after the PlanReady.
         """
         nothing_ends = idle and self.pool.loading == 0 and not self.pool.leases
         return nothing_ends or not self.pool.eviction.fits_beside_plan(adapter)
 
     def _load_followers(self, current: LoadPass) -> None:
-        """Load PATTERN candidates. One of ``max_loads`` is left for the next request."""
+        """Load PATTERN candidates. One of the ``max_loads`` concurrent loads is left for the next request."""
         for adapter in self._candidates.of_kind(PrefetchKind.PATTERN):
             if self.pool.loading < self._max_loads - 1 and adapter.version not in self.pool:
                 self._load_candidate(adapter, PrefetchKind.PATTERN, current)
 
     def _load_candidate(self, adapter: AdapterRef, kind: PrefetchKind, current: LoadPass) -> None:
-        """Load a candidate unless another adapter waits for room. Evict only adapters unused for ``SPARES_S[kind]``."""
+        """Load a candidate if no adapter waits for space. Evict only adapters unused for ``SPARES_S[kind]`` seconds."""
         if current.no_room_bytes < inf:
             return
         spared_since_s = current.now - SPARES_S[kind]
@@ -374,7 +374,7 @@ class Residency:
         drop_plan_pins: bool = False,
         kind: PrefetchKind | None = None,
     ) -> bool:
-        """Begin a load if there is room. Return whether it began. ``kind`` is None for the adapter of a request."""
+        """Begin a load if the adapter fits. Return whether it began. ``kind`` is None for the adapter of a request."""
         now = current.now
         placed = self.pool.place(adapter, now, current.keep if keep is None else keep, drop_plan_pins)
         if placed is None:

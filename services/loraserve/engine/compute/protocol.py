@@ -1,4 +1,4 @@
-"""What all model runners share: their interface, the threads that run them, and the packing of a step."""
+"""The interface of model runners, the threads that run them, and the packing of a step into arrays."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -21,10 +21,7 @@ class DeviceLostError(Exception):
 
 class PendingStep(Protocol):
     def result(self) -> StepResult:
-        """Wait for the step and return its result.
-
-        Raises the error that the step failed with. It is DeviceLostError if all later steps would fail too.
-        """
+        """Wait for the result. A failed step raises its error; DeviceLostError means that all later steps fail too."""
         ...
 
 
@@ -47,7 +44,7 @@ class Runner(Protocol):
 
     @property
     def steps_ahead(self) -> int:
-        """Number of steps accepted beyond the oldest unfinished one. The runner resolves PENDING_TOKEN in them."""
+        """Number of further steps accepted while one runs. The runner replaces PENDING_TOKEN by the sampled token."""
         ...
 
     @property
@@ -65,8 +62,8 @@ class Runner(Protocol):
     def submit(self, batch: StepBatch) -> PendingStep:
         """Start a step, which runs after all earlier steps. May raise the same errors as ``PendingStep.result``.
 
-        A failed step does not make later steps fail. If PENDING_TOKEN refers to a failed step, the runner may use any
-        token, because the engine discards the result.
+        Except after DeviceLostError, a failed step does not make later steps fail. If PENDING_TOKEN refers to a failed
+        step, the runner may use any token, because the engine discards the result.
         """
         ...
 
@@ -119,8 +116,8 @@ class PackedStep:
 
     Arrays with one entry per token are ``tokens``, ``positions``, ``slots`` (adapter slot, -1 for none) and
     ``kv_slots`` (block * block_tokens + offset of its KV). ``seq_len`` [sequences] is the KV length including this
-    step. ``table`` [sequences, blocks of the longest] holds KV block ids. ``query_start`` [sequences + 1] is the
-    cumulative token count. ``sampled`` holds the token indices whose logits are needed.
+    step. ``table`` [sequences, most blocks of a sequence] holds KV block ids. ``query_start`` [sequences + 1] is the
+    cumulative token count. ``sampled`` holds the indices of the tokens whose logits are needed.
     """
 
     tokens: Int32s
@@ -138,7 +135,7 @@ class PackedStep:
 
 
 def pack_step(sequences: Sequence[SequenceStep], block_tokens: int) -> PackedStep:
-    """Pack at least one sequence. The caller must resolve PENDING_TOKEN, which stays in ``tokens``."""
+    """Pack one or more sequences. PENDING_TOKEN is copied to ``tokens``, where the caller must replace it."""
     lengths = np.array([len(s.tokens) for s in sequences], dtype=np.int32)
     starts = np.array([s.start for s in sequences], dtype=np.int32)
     query_start = np.zeros(len(sequences) + 1, dtype=np.int32)

@@ -30,11 +30,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class CpuRunner:
     """A LayeredRunner on the CPU. ``submit`` computes the step before it returns, so no steps run ahead.
 
-    One thread calls ``submit``, ``step``, ``logits`` and ``warm_up``. Runner lists what other threads may call.
+    One thread calls ``submit``, ``step``, ``logits`` and ``warm_up``. `Runner` says what other threads may call.
     """
 
     def __init__(self, model_dir: Path, engine: EngineConfig, threads: int, progress: Callable[[str], None]) -> None:
-        """Load the weights. Raises ConfigError, which names the invalid setting, field or tensor."""
+        """Load the weights and allocate the memory. Raises ConfigError if a setting, field or tensor is invalid."""
         self.steps_ahead = 0
         self._arrivals: dict[int, Arrival] = {}
         self._threads = threads

@@ -29,7 +29,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def sample(logits: NDArray[np.float32], rows: Sequence[SequenceStep], eos_token_ids: Collection[int]) -> list[Sampled]:
-    """Return one token per row of ``logits`` [rows, vocab], which may be overwritten."""
+    """Sample one token per row of ``logits`` [rows, vocab]. ``rows`` are the sequences. May overwrite ``logits``."""
     return [_sample_row(row, step, eos_token_ids) for row, step in zip(logits, rows, strict=True)]
 
 

@@ -27,7 +27,7 @@ NONE = -1
 
 @dataclass(frozen=True)
 class BufferSize:
-    """Capacity of a StepBuffer. ``blocks`` is the block table's width, ``sampled`` the number of sampled rows."""
+    """Capacity of a StepBuffer. ``blocks`` counts KV blocks per sequence, ``sampled`` the tokens that need logits."""
 
     tokens: int
     sequences: int
@@ -43,8 +43,8 @@ class StepBuffer:
     """int32 views of one device buffer. Captured graphs can read them, because their addresses never change.
 
     ``tokens``, ``source``, ``positions``, ``slots`` and ``kv_slots`` are [tokens], ``query_start`` is [sequences + 1],
-    ``seq_len`` is [sequences], ``table`` is [sequences, blocks], and ``sampled`` is [sampled]. ``source`` is a pending
-    token's row among the preceding step's sampled tokens. It is NONE if ``tokens`` holds the token.
+    ``seq_len`` is [sequences], ``table`` is [sequences, blocks], and ``sampled`` is [sampled]. If the preceding
+    step is still sampling a token, ``source`` is its row among that step's sampled tokens. Otherwise, it is NONE.
     """
 
     def __init__(self, size: BufferSize, device: torch.device) -> None:
@@ -118,7 +118,7 @@ class DecoderMemory:
 
 
 class GpuDecoder:
-    """A decoder with its KV cache and adapter pool, all on one device and of one dtype."""
+    """A decoder with its KV cache and adapter pool on one device, all of one dtype except the float32 norm weights."""
 
     def __init__(
         self,

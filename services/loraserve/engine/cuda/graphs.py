@@ -1,4 +1,4 @@
-"""Captures decode steps as CUDA graphs, one per size, so that a step of many kernels needs one launch."""
+"""Captures decode steps of different sizes as CUDA graphs, so that one launch runs all kernels of a step."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ WIDTH_FACTOR = {"gathered": 4, "paged": 8}
 
 
 def batch_sizes(max_running: int) -> tuple[int, ...]:
-    """Return the captured batch sizes, powers of two and ``max_running``. Steps are padded to the next size."""
+    """Return the batch sizes to capture: ``max_running`` and all smaller powers of two."""
     sizes = [1 << power for power in range(max_running.bit_length())]
     return tuple(sorted({size for size in sizes if size < max_running} | {max_running}))
 
 
 def table_widths(max_blocks: int, attention: Backend) -> tuple[int, ...]:
-    """Return the captured block table widths, in blocks per sequence.
+    """Return the block table widths to capture, in blocks per sequence.
 
     Gathered attention reads all blocks of the width, so it gets more widths. Paged attention reads only used blocks.
     """
@@ -44,7 +44,7 @@ class DecodeGraph:
 
 
 class DecodeGraphs:
-    """Captured graphs, with the key (sequences, block table width, whether any token uses an adapter).
+    """The captured graphs, by number of sequences, block table width and whether any token uses an adapter.
 
     ``make_work`` returns the LoraWork for a number of tokens. ``previous_tokens`` holds the tokens sampled in the
     preceding step, always at the same address.
@@ -76,7 +76,7 @@ class DecodeGraphs:
             self._graphs[key] = self._capture(*key, pool)
 
     def find(self, sequences: int, blocks: int, adapted: bool) -> DecodeGraph | None:
-        """Return the smallest graph that fits the step, or None."""
+        """Return the smallest fitting graph, or None. ``blocks`` is the longest sequence's number of KV blocks."""
         key = (bucket(sequences, self._sizes), bucket(blocks, self._widths), adapted)
         return self._graphs.get(key) if sequences <= self._sizes[-1] and blocks <= self._widths[-1] else None
 

@@ -28,7 +28,7 @@ FATAL_PREFIXES = ("CUDA error", "Triton Error [CUDA]")
 
 @contextmanager
 def device_errors() -> Iterator[None]:
-    """Raise DeviceLostError for CUDA errors that make the device unusable. Out of memory is not such an error."""
+    """In the `with` block, turn CUDA errors other than out-of-memory into DeviceLostError."""
     try:
         yield
     except RuntimeError as error:
@@ -41,7 +41,7 @@ def device_errors() -> Iterator[None]:
 class MeasuredMemory(msgspec.Struct, frozen=True, kw_only=True):
     """The GPU's memory after the weights are loaded.
 
-    ``used_bytes`` includes all processes on the GPU. ``step_bytes`` is the additional memory of the largest step.
+    ``used_bytes`` includes all processes on the GPU. The largest step and graphs need ``step_bytes`` more.
     """
 
     total_bytes: int
@@ -88,7 +88,7 @@ def count_fitting_adapters(slab_bytes: int, pool_bytes: int, slots: int) -> int:
 def describe_capacity(
     shares: MemoryShares, block_tokens: int, slots: int, slab_bytes_of_rank: Mapping[int, int]
 ) -> str:
-    """Return a log line with the number of tokens, and of adapters of each rank, that fit."""
+    """Return a log line: how many tokens fit in the KV cache, and how many adapters of each rank in the pool."""
     tokens = shares.kv_blocks * block_tokens
     counts = ", ".join(
         f"{count_fitting_adapters(slab_bytes, shares.pool_bytes, slots)} of rank {rank}"
@@ -98,7 +98,7 @@ def describe_capacity(
 
 
 def allocate_zeroed(elements: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, GpuMemory | None]:
-    """Return a flat tensor of zeros and, on a GPU, its memory. The last tensor that views the memory frees it.
+    """Return a flat tensor of zeros and, on a GPU, its memory, which is freed with the last tensor that views it.
 
     On a GPU the tensor has its own cuMemAlloc allocation, which CUDA IPC can export and RDMA devices can register.
     torch's allocator returns a part of a larger segment. CUDA IPC would export the whole segment, or fail if torch uses
@@ -143,7 +143,7 @@ def _free(memory: GpuMemory) -> None:
 
 
 class DevicePool:
-    """A PoolMemory on the GPU, stored as one flat tensor of the slabs' dtype.
+    """A PoolMemory on a device, stored as one flat tensor of the slabs' dtype.
 
     Writes and reads have separate streams, so steps do not wait for copies and the two directions do not wait for each
     other. ``memory`` is None if the device is not a GPU.
@@ -168,7 +168,7 @@ class DevicePool:
         return self._bytes.numel()
 
     def warm_up(self, write_bytes: int, readers: int) -> None:
-        """Allocate buffers for writes of ``write_bytes`` and ``readers`` threads, before the first write."""
+        """Allocate page-locked buffers for a write and ``readers`` threads. Zeroes the pool's first ``write_bytes``."""
         self.write(0, bytes(min(write_bytes, len(self))))
         for _ in range(readers):
             self._buffers.put(self._page_locked(READ_BYTES))
@@ -218,7 +218,7 @@ class DevicePool:
 
 @contextmanager
 def page_locked(memory: memoryview, pool: PoolMemory) -> Iterator[None]:
-    """Page-lock host memory during the context, so that the GPU can copy to and from it directly.
+    """Page-lock host memory in the `with` block, so that the GPU can copy to and from it directly.
 
     Raises RuntimeError if the pool is not in GPU memory or CUDA refuses.
     """

@@ -1,4 +1,4 @@
-"""Model runner for one CUDA GPU. A decode step is one upload, one graph replay and one download."""
+"""Model runner for one CUDA GPU. Decode steps replay captured CUDA graphs. Tokens are sampled on the GPU."""
 
 import time
 from collections import deque
@@ -46,7 +46,7 @@ def start_cuda_runner(
 def load_cuda_runner(
     model_dir: Path, engine: EngineConfig, device: torch.device, progress: Callable[[str], None]
 ) -> "CudaRunner":
-    """Load the model onto ``device`` without warming it up. Raises ConfigError like ``start_cuda_runner``."""
+    """Load the model onto ``device``. Raises ConfigError if a setting, field or tensor is invalid."""
     config = read_decoder_config(model_dir)
     form = GpuWeightForm(DTYPES[compute_dtype(engine)], device)
     try:
@@ -184,7 +184,7 @@ class CudaRunner:
         return drawn
 
     def _work_for(self, tokens: int) -> LoraWork:
-        """Return the LoraWork for ``tokens`` tokens. There is one for each power of two and the maximum."""
+        """Return a LoraWork for at least ``tokens`` tokens. The sizes are powers of two and ``max_step_tokens``."""
         size = min(1 << (tokens - 1).bit_length(), self._max_tokens)
         if size not in self._works:
             self._works[size] = LoraWork(self._state.tables, self._state.space, size)
@@ -210,7 +210,7 @@ class CudaRunner:
 class PendingGpuStep:
     """A launched step whose results are being copied to the host. Any thread may call ``result``.
 
-    It must be created with the compute stream current, after the launches of the step.
+    Create it after launching the step, while the compute stream is torch's current stream.
     """
 
     def __init__(
@@ -247,7 +247,7 @@ def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
 def _pending_token_rows(
     sequences: Sequence[SequenceStep], packed: PackedStep, previous_rows: dict[str, int]
 ) -> NDArray[np.int32]:
-    """Return each pending token's row among the preceding step's sampled tokens, and NONE for known tokens."""
+    """Return for each token its row among the preceding step's sampled tokens. It is NONE for a known token."""
     source = np.full(len(packed.tokens), NONE, dtype=np.int32)
     for index, sequence in enumerate(sequences):
         if sequence.tokens[0] == PENDING_TOKEN:

@@ -38,8 +38,8 @@ Array = NDArray[np.int64] | NDArray[np.float64]
 class Draws:
     """Parameters of a group of rows that are sampled with the same method.
 
-    ``rows`` int64 [n] holds indices into the batch. ``width`` is the number of most likely tokens to draw from. The
-    others are float64 [n, 1]. ``u`` in [0, 1) is the random number. An unset ``top_k`` is the vocabulary's size.
+    ``rows`` int64 [n] holds indices into the batch. ``width`` is the maximum number of tokens to draw from. The other
+    fields are float64 [n, 1]. ``u`` in [0, 1) is the random number. An unset ``top_k`` is the vocabulary's size.
     """
 
     rows: Tensor
@@ -55,8 +55,8 @@ class Draws:
 class LogitChanges:
     """Changes to logits before sampling. ``rows`` int64 [n] holds the batch indices of the rows with changes.
 
-    The next three are int64 indices into these rows' flattened logits [n, vocab]. ``forbidden`` tokens must not be
-    drawn. ``repeated`` tokens get the repetition penalty, ``output`` tokens the presence and frequency penalties.
+    ``forbidden``, ``repeated`` and ``output`` are int64 indices into the flattened logits [n, vocab] of these rows.
+    Forbidden tokens are never drawn. Repeated ones get the repetition penalty, output ones the other penalties.
     ``repetition``, ``presence`` and ``frequency`` are the penalties, float64 [n].
     """
 
@@ -71,11 +71,11 @@ class LogitChanges:
 
 @dataclass(frozen=True)
 class SamplingInputs:
-    """All inputs of ``draw`` except the logits. Greedy rows are in none of the three groups.
+    """All inputs of ``draw`` except the logits. Greedy rows are in none of ``plain``, ``narrow`` and ``wide``.
 
     ``plain`` rows have no filters, ``narrow`` rows have a top_k of at most NARROW, and ``wide`` rows have filters that
-    need a sort. ``asked`` int64 [n] holds the rows that return log-probabilities. ``most`` is the largest requested
-    number of top tokens.
+    need a sort. ``asked`` int64 [n] holds the rows that return log-probabilities. ``most`` is the largest number of top
+    tokens that a row requests.
     """
 
     rows: int
@@ -91,7 +91,7 @@ class SamplingInputs:
 def prepare(
     rows: Sequence[SequenceStep], vocab: int, eos_token_ids: Collection[int], device: torch.device
 ) -> SamplingInputs:
-    """Return the inputs for logits [len(rows), vocab]. Does not wait for the copy to the device."""
+    """Return the inputs of ``draw`` for logits [len(rows), vocab]. Does not wait for the copy to the device."""
     assert 0 < vocab <= MAX_VOCAB, vocab
     narrow_width = max((_narrow_k(step.sampling, vocab) for step in rows), default=0)
     groups = [_group(step.sampling, vocab) for step in rows]
@@ -124,12 +124,12 @@ def _group(params: SamplingParams, vocab: int) -> str:
 
 
 def _narrow_k(params: SamplingParams, vocab: int) -> int:
-    """Return top_k if it is set and at most NARROW, else 0."""
+    """Return top_k if it is set, below ``vocab`` and at most NARROW, else 0."""
     return params.top_k if 0 < params.top_k < vocab and params.top_k <= NARROW else 0
 
 
 def _draw_arrays(rows: Sequence[SequenceStep], group: list[int], vocab: int) -> list[Array]:
-    """Return a group's ``rows`` [n] and the float fields of Draws [5, n], in the order of their declaration."""
+    """Return the arrays for the Draws of one group of rows: ``rows`` [n] and the five float fields [5, n]."""
     values = [_draw_values(rows[row], vocab) for row in group]
     return [_integers(group), np.array(values, dtype=np.float64).reshape(-1, 5).T]
 
@@ -141,7 +141,7 @@ def _draw_values(step: SequenceStep, vocab: int) -> tuple[float, ...]:
 
 
 def _change_arrays(rows: Sequence[SequenceStep], vocab: int, eos_token_ids: Collection[int]) -> list[Array]:
-    """Return the fields of LogitChanges in order. The three penalties form one array [3, n]."""
+    """Return arrays for LogitChanges in the order of its fields. The three penalties form one array [3, n]."""
     changed = [row for row, step in enumerate(rows) if step.sampling.changes_logits(step.output_index)]
     steps = [rows[row] for row in changed]
     penalties = [
@@ -161,7 +161,7 @@ def _counts_output(step: SequenceStep) -> bool:
 
 
 def _flat(tokens: Iterable[Sequence[int]], vocab: int) -> NDArray[np.int64]:
-    """Convert each row's tokens to indices into flattened logits [rows, vocab]."""
+    """Convert the tokens of all rows to one array of indices into flattened logits [rows, vocab]."""
     return np.concatenate([_integers(own) + row * vocab for row, own in enumerate(tokens)] or [_integers(())])
 
 
@@ -188,8 +188,8 @@ Picker = Callable[[Tensor, Draws], Tensor]
 class Drawn(NamedTuple):
     """Sampling results on the device. All but ``tokens`` int64 [rows] are None if no row wants log-probabilities.
 
-    ``logprobs`` is float32 [rows]. ``top_tokens`` int64 and ``top_logprobs`` float32 are [rows, most], most likely
-    first. Rows that do not want log-probabilities hold zeros.
+    ``logprobs`` is float32 [rows]. ``top_tokens`` int64 and ``top_logprobs`` float32 are [rows, k] for the largest
+    requested k, most likely tokens first. Rows that do not want log-probabilities hold zeros.
     """
 
     tokens: Tensor
@@ -199,7 +199,7 @@ class Drawn(NamedTuple):
 
 
 def draw(logits: Tensor, inputs: SamplingInputs) -> Drawn:
-    """Sample one token per row of ``logits`` [rows, vocab], of any floating dtype, which are not changed."""
+    """Sample one token per row of ``logits`` [rows, vocab] of any floating dtype. ``logits`` is not changed."""
     assert logits.shape == (inputs.rows, inputs.vocab), logits.shape
     changed = _change(logits, inputs.changes)
     greedy = changed.argmax(dim=1)
@@ -277,7 +277,7 @@ def _draw_group(logits: Tensor, greedy: Tensor, draws: Draws, pick: Picker) -> T
 
 
 def _pick_from_all(weights: Tensor, draws: Draws) -> Tensor:
-    """Draw tokens [n, 1] from all tokens. Find the block of BLOCK_TOKENS tokens first, then the token in it.
+    """Draw tokens [n, 1] from the whole vocabulary. Find a block of BLOCK_TOKENS tokens, then a token in it.
 
     This is faster than a cumulative sum over the whole vocabulary, which makes several passes over memory.
     """
@@ -304,7 +304,7 @@ def _pick_from_most_likely(weights: Tensor, draws: Draws) -> Tensor:
 
 
 def _integer_weights(weights: Tensor) -> Tensor:
-    """Convert float32 weights of at most 1 to int64."""
+    """Scale float32 weights of at most 1 by WEIGHT_ONE (2^44) and convert them to int64."""
     return (weights * WEIGHT_ONE).long()
 
 
@@ -318,7 +318,7 @@ def _first_beyond(sums: Tensor, target: Tensor) -> Tensor:
 
 
 def _clamped(index: Tensor, length: int) -> Tensor:
-    """Limit an index to the row length. Without finite sums the search may return the length itself."""
+    """Limit an index to ``length - 1``. A search returns ``length`` if no sum is large enough."""
     return index.clamp(max=length - 1)
 
 
@@ -337,7 +337,7 @@ def largest_first(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _with_logprobs(logits: Tensor, tokens: Tensor, inputs: SamplingInputs) -> Drawn:
-    """Add log-probabilities, computed from the raw logits before penalties and temperature."""
+    """Return ``tokens`` with log-probabilities of the raw ``logits``, before penalties and temperature."""
     values = logits.index_select(0, inputs.asked).float()
     normalizer = _log_sum_exp(values)
     own = values.gather(1, tokens.index_select(0, inputs.asked).unsqueeze(1)) - normalizer
@@ -353,7 +353,7 @@ def _with_logprobs(logits: Tensor, tokens: Tensor, inputs: SamplingInputs) -> Dr
 
 
 def _log_sum_exp(values: Tensor) -> Tensor:
-    """Return float64 [n, 1]. Rows without a finite maximum give NaN, because converting NaN to int64 is undefined."""
+    """Return log(sum(exp(row))) of each row, float64 [n, 1]. It is NaN if the row's maximum is not finite."""
     largest = values.amax(dim=1, keepdim=True)
     total = _integer_weights((values - largest).exp()).sum(dim=1, keepdim=True).double() / WEIGHT_ONE
     return (largest.double() + total.log()).masked_fill(~largest.isfinite(), torch.nan)

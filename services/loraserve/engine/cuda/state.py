@@ -1,4 +1,4 @@
-"""Allocates an engine's GPU memory: adapter tables, KV cache and adapter pool, sized to the free memory."""
+"""Allocates an engine's GPU memory: adapter tables, and a KV cache and adapter pool that share the memory left."""
 
 import gc
 from collections.abc import Callable
@@ -37,7 +37,7 @@ GRAPHS_BYTES = 512 << 20
 
 
 class GpuWeightForm:
-    """The WeightForm of the GPU engine. Linear layers and the embedding have one dtype, norms are float32.
+    """Converts weights for the GPU engine. Linear layers and the embedding have one dtype, norms are float32.
 
     Each tensor is rounded and moved to the device when it is read, so the host never holds the whole model.
     """
@@ -66,7 +66,7 @@ class GpuWeightForm:
 
 
 def compute_dtype(engine: EngineConfig) -> str:
-    """Return the key of DTYPES for the setting ``engine.weights``. "auto" follows ``engine.slab_dtype``.
+    """Return the key of DTYPES for the weights and the KV cache. "auto" means the dtype ``engine.slab_dtype``.
 
     Raises ConfigError if weights and adapters would have different dtypes, which the kernels do not support.
     """
@@ -82,7 +82,7 @@ def compute_dtype(engine: EngineConfig) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceState:
-    """Everything that the runner allocates once. ``positions`` is the longest context in tokens."""
+    """The decoder and the memory of a CudaRunner. ``positions`` is the longest context in tokens."""
 
     config: DecoderConfig
     device: torch.device
@@ -100,8 +100,8 @@ class DeviceState:
     def run_trial_step(self, tokens: int, work: LoraWork | None, context: int = 0) -> None:
         """Compute a step of ``tokens`` tokens and sample its rows, using only the first KV block.
 
-        If ``context`` exceeds ``tokens``, the tokens are the end of one sequence of that length. Otherwise they are
-        divided among up to ``max_running`` sequences.
+        If ``context`` exceeds ``tokens``, the step computes the last tokens of one sequence of ``context`` tokens.
+        Otherwise, the step's tokens are divided among several sequences.
         """
         rows = [self._trial_row(0, tokens, context - tokens)] if context > tokens else self._trial_rows(tokens)
         packed = pack_step(rows, self.block_tokens)
@@ -110,7 +110,7 @@ class DeviceState:
         draw(logits, prepare(rows, self.config.shape.vocab, self.config.eos_token_ids, self.device))
 
     def _trial_rows(self, tokens: int) -> list[SequenceStep]:
-        """Divide the tokens into sequences of nearly equal length, none longer than ``positions``."""
+        """Divide the tokens into up to ``max_running`` sequences, or more if one would exceed ``positions`` tokens."""
         count = max(min(self.max_running, tokens), -(-tokens // self.positions))
         return [self._trial_row(i, len(part)) for i, part in enumerate(np.array_split(np.arange(tokens), count))]
 
@@ -132,7 +132,7 @@ def allocate_state(
     positions: int,
     progress: Callable[[str], None],
 ) -> DeviceState:
-    """Allocate everything except the weights. Raises ConfigError if the memory is too small."""
+    """Allocate the KV cache, pool and tables on the weights' device. Raises ConfigError if memory is too small."""
     device, dtype = weights.embedding.device, weights.embedding.dtype
     attention, reason = pick_backend(config.shape, engine.block_tokens, dtype, device)
     progress(f"attention: {attention} ({reason})")
@@ -174,7 +174,7 @@ def allocate_state(
 
 
 def _measure_memory(state: DeviceState, tokens: int) -> MeasuredMemory:
-    """Measure the memory of the largest steps by computing one of many sequences and one of the longest context."""
+    """Measure GPU memory while computing two large steps: one of many sequences, one of the longest context."""
     gc.collect()  # do not count memory of an earlier runner in this process
     with torch.inference_mode(), torch.cuda.device(state.device):
         work = LoraWork(state.tables, state.space, tokens)

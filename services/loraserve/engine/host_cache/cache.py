@@ -1,7 +1,7 @@
 """Decides which evicted slabs the host cache keeps, in which extents, and which cached slabs it drops for them.
 
 The value of a slab is the waiting time that it saves: uses x reload seconds. Among the minimal sets of slabs whose
-removal makes room, the set of least value is dropped, unless its value exceeds that of the new slab. For extents of
+removal lets a new slab fit, the least valuable set is dropped, unless it is worth more than the slab. For extents of
 one size, this ranks slabs like GreedyDual-Size-Frequency. That algorithm ages entries by inflating the values of new
 ones. Here, uses decay over time. Sources: Cao and Irani, "Cost-Aware WWW Proxy Caching Algorithms", USENIX Symposium on
 Internet Technologies and Systems, 1997; Cherkasova, HP Labs technical report HPL-98-69R1, 1998.
@@ -97,7 +97,7 @@ class CachedSlab(msgspec.Struct):
 class HostCache:
     """The index of the slabs in one region of host memory. Slabs that are being read or saved are not dropped.
 
-    A slab that is also in the pool (``is_in_pool``) has value 0: the pool's eviction can save it again.
+    A slab that is also in the pool (``is_in_pool``) has value 0, because it can be saved again on its eviction.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class HostCache:
         return tuple(version for version, slab in self._slabs.items() if slab.is_readable)
 
     @property
-    def awaited(self) -> frozenset[str]:
+    def not_lendable(self) -> frozenset[str]:
         """The versions that get no new leases, because they are damaged."""
         return frozenset(version for version, slab in self._slabs.items() if slab.state is CachedState.DAMAGED)
 
@@ -136,8 +136,8 @@ class HostCache:
     def offer(self, adapter: AdapterRef, header: SlabHeader, reload_s: float, now: float) -> int | None:
         """Return the offset at which to save a slab evicted from the pool, dropping other slabs if needed.
 
-        Returns None if the slab is already cached or worth less than its victims. The extent is reserved, and not read,
-        until ``save_done`` or ``save_failed``.
+        Returns None if the slab is already cached, or if dropping slabs of lower value is not enough. The
+        extent is reserved, and not read, until ``save_done`` or ``save_failed``.
         """
         here = self._slabs.get(adapter.version)
         if here is not None:
@@ -170,7 +170,7 @@ class HostCache:
         self.story.tell(version, now, "could not be saved in the host cache")
 
     def begin_read(self, version: str) -> CachedSlab | None:
-        """Pin a slab for a load of this engine until ``end_read``. Return None if the slab is not readable."""
+        """Pin a slab for a read by this engine until ``end_read``. Return None if the slab is not readable."""
         slab = self._slabs.get(version)
         if slab is None or not slab.is_readable:
             return None
@@ -218,7 +218,7 @@ class HostCache:
         assert taken + self._extents.free_bytes == self._extents.largest_bytes, "an extent belongs to no slab"
 
     def _find_victims(self, adapter: AdapterRef, reload_s: float, now: float) -> list[CachedSlab] | None:
-        """Return the slabs to drop for a new slab; None if no slabs make room or they are worth more."""
+        """Return the slabs to drop for a new slab; None if it cannot fit, or is worth less than these slabs."""
         if self._extents.fits(adapter.slab_bytes):
             return []
         removable = {slab.offset_bytes: slab for slab in self._slabs.values() if slab.evictable}
@@ -230,7 +230,7 @@ class HostCache:
         return [removable[start] for start in cheapest]
 
     def _cost(self, slab: CachedSlab, now: float) -> _Cost:
-        """Return a sort key: (value, time saved, bytes, offset)."""
+        """Return a sort key for dropping: (value, time of the copy into the cache, bytes, offset)."""
         value = 0.0 if self._is_in_pool(slab.adapter.version) else self._value(slab.adapter, slab.reload_s, now)
         return value, slab.saved_s, slab.adapter.slab_bytes, slab.offset_bytes
 

@@ -57,7 +57,7 @@ class CacheMemory:
 
 
 class CacheSource:
-    """Reads a slab from the host cache, which pins it during the read. Implements `SlabSource`."""
+    """Reads a slab from the host cache and pins it there during the read. Implements `SlabSource`."""
 
     source = FROM_CACHE
 
@@ -101,7 +101,7 @@ class CacheSource:
 
 
 class _Save(msgspec.Struct):
-    """A copy from the pool's byte range ``start`` to ``end`` to the cache."""
+    """A copy in progress of the pool's bytes from ``start`` to ``end`` into the cache."""
 
     start: int
     end: int
@@ -109,7 +109,7 @@ class _Save(msgspec.Struct):
 
 
 class CacheTier:
-    """Executes the decisions of ``cache``. Copies run one at a time in a thread, concurrently with steps.
+    """Copies evicted slabs into the host cache as ``cache`` decides, one at a time, concurrently with steps.
 
     If ``cache_bytes`` is 0, nothing is cached. ``speeds`` predicts the time to reload a slab.
     """
@@ -136,9 +136,9 @@ class CacheTier:
             self._memory.close()
 
     def keep(self, left: LeftSlab, slab: LoadedSlab) -> Coroutine[Any, Any, None] | None:
-        """Decide whether to cache a slab that was evicted from the pool.
+        """Return a coroutine that copies an evicted slab into the cache; None if the slab is not to be cached.
 
-        Returns the coroutine that copies it; the caller must run it at once. Returns None if the slab is not cached.
+        The caller must run the coroutine at once, because loads into the slab's old extent wait for it.
         """
         adapter, now = left.adapter, self._clock.monotonic_s()
         here = self.cache.get(adapter.version)
@@ -155,7 +155,7 @@ class CacheTier:
         return self._save(left, offset)
 
     async def wait_saved(self, offset_bytes: int, length_bytes: int) -> None:
-        """Wait until all copies from this range of the pool have finished. Loads call this before writing to it."""
+        """Wait until all copies from this range of the pool have finished. Loads call this before they write to it."""
         end = offset_bytes + length_bytes
         for save in [save for save in self._saves.values() if save.start < end and offset_bytes < save.end]:
             await save.finished.wait()
@@ -186,7 +186,7 @@ class CacheTier:
         return layer
 
     def validate(self) -> None:
-        """Raise AssertionError if the cache is inconsistent, or a slab is SAVING without a copy or the reverse."""
+        """Raise AssertionError if the cache is inconsistent, or copies and slabs in state SAVING do not match."""
         self.cache.validate()
         saving = {slab.adapter.version for slab in self.cache.entries() if slab.state is CachedState.SAVING}
         assert saving == self._saves.keys(), "a slab is saving and no copy is under way, or the reverse"

@@ -26,7 +26,7 @@ class LendableSlab(Protocol):
     def offset_bytes(self) -> int: ...
     @property
     def generation(self) -> int:
-        """The number of this placement, unique within the memory."""
+        """The number of the slab's placement, unique within the pool or cache. A reloaded slab has a new one."""
         ...
 
     @property
@@ -40,8 +40,8 @@ class LendableSlabs(Protocol):
     """A memory that lends slabs: the pool or the host cache. Leased slabs are not evicted."""
 
     @property
-    def awaited(self) -> frozenset[str]:
-        """The versions that get no new leases, because they are about to be evicted."""
+    def not_lendable(self) -> frozenset[str]:
+        """The versions that get no new leases, because they are damaged or must leave the memory."""
         ...
 
     def get(self, version: str) -> LendableSlab | None: ...
@@ -56,7 +56,7 @@ class LendableSlabs(Protocol):
 class LeaseLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Limits of leases. A lease lasts ``lasts_s`` seconds, and with renewals at most ``longest_s``.
 
-    ``most`` limits all leases, ``most_a_reader`` those of one reader.
+    ``most`` is the maximum number of leases, ``most_a_reader`` the maximum per reader.
     """
 
     lasts_s: float
@@ -66,14 +66,14 @@ class LeaseLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LeaseReader(msgspec.Struct, frozen=True):
-    """A peer process: its name and its incarnation."""
+    """A peer process: its name and its incarnation, an id that changes when the process restarts."""
 
     name: str
     incarnation: str
 
 
 class Lease(msgspec.Struct):
-    """A lease. ``read_id`` is chosen by the reader. ``generation`` is that of the leased slab."""
+    """A lease. ``read_id`` is the reader's id of its read. ``generation`` is the number of the slab's placement."""
 
     lease_id: str
     reader: LeaseReader
@@ -86,7 +86,7 @@ class Lease(msgspec.Struct):
 
 
 class LeaseRefusal(msgspec.Struct, frozen=True):
-    """The refusal of a request. The messages LeaseSlab, RenewLease and ReleaseLease list the codes."""
+    """The refusal of a request. LeaseSlab, RenewLease and ReleaseLease document the values of ``code``."""
 
     code: str
     message: str
@@ -127,7 +127,7 @@ class Leases:
     def grant(
         self, reader: LeaseReader, read_id: str, version: str, slab_bytes: int, now: float
     ) -> Lease | LeaseRefusal:
-        """Grant a lease on a complete slab. If the read already has a lease on it, return that one."""
+        """Return the lease that the read already has on the slab, or else a new lease or a refusal."""
         self.expire(now)
         self.end_past_lives(reader, now)
         slab = self._slabs.get(version)
@@ -138,7 +138,7 @@ class Leases:
         return known or refusal or self._grant(reader, read_id, version, now)
 
     def renew(self, reader: LeaseReader, lease_id: str, now: float) -> Lease | LeaseRefusal:
-        """Extend a lease to ``lasts_s`` from now, but not beyond its maximum duration ``longest_s``."""
+        """Extend a lease to ``lasts_s`` from now, but at most to ``longest_s`` from its grant."""
         lease = self._find_held(reader, lease_id, now)
         if lease is None:
             return LeaseRefusal("expired", f"lease {lease_id} has ended; ask for a new one and read again")
@@ -148,7 +148,7 @@ class Leases:
         return lease
 
     def release(self, reader: LeaseReader, lease_id: str, now: float) -> bool | LeaseRefusal:
-        """End a lease. Return False if it had already ended."""
+        """End a lease. Return False if it had already ended, or a refusal if it is another reader's."""
         lease = self._find_held(reader, lease_id, now)
         if isinstance(lease, LeaseRefusal):
             return lease
@@ -157,7 +157,7 @@ class Leases:
         return lease is not None
 
     def end_past_lives(self, reader: LeaseReader, now: float) -> None:
-        """End the leases of earlier processes with this reader's name, because they are dead."""
+        """End the leases of earlier processes with this reader's name. Those processes are dead."""
         for lease in self._of_reader(reader.name):
             if lease.reader != reader:
                 self._end(lease, "reader_gone", now)
@@ -178,7 +178,7 @@ class Leases:
         return ended
 
     def validate(self) -> None:
-        """Raise AssertionError if a lease does not match its slab or exceeds the limits."""
+        """Raise AssertionError if a lease does not match its slab or the limits are exceeded."""
         for lease in self._leases.values():
             slab = self._slabs.get(lease.version)
             assert slab is not None, f"{lease.version} left while {lease.reader.name} reads it"
@@ -211,7 +211,7 @@ class Leases:
 
     def _refusal_by_limits(self, version: str, held: int) -> LeaseRefusal | None:
         limits = self._limits
-        if version in self._slabs.awaited:
+        if version in self._slabs.not_lendable:
             return LeaseRefusal("making_room", f"{version} has to leave; read it from another source")
         if held >= limits.most_a_reader or len(self) >= limits.most:
             return LeaseRefusal(

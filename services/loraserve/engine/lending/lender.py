@@ -39,7 +39,7 @@ from loraserve.transfer.verbs.exporter import VerbsExporter
 
 
 class MemoryOffers:
-    """Registers the pool and the host cache with every transport. A transport that fails is logged and left out.
+    """Registers the pool and the host cache with the configured transports. A transport that fails is left out.
 
     Peers read the pool with ``handles`` and the host cache with ``cache_handles``. Create this when the engine starts:
     registering memory with an RDMA device blocks.
@@ -102,7 +102,7 @@ class MemoryOffers:
             return None
 
     def _register(self, transport: Transport, pool: PoolMemory) -> Handle | None:
-        """Return the handle of a memory; None if the transport cannot read this kind of memory."""
+        """Register a memory and return its handle; None if the transport cannot read this kind of memory."""
         host = pool if isinstance(pool, HostPool) else None
         lendable = pool if isinstance(pool, LendableDevice) else None
         whole = host.view(0, len(host)) if host is not None else None
@@ -163,7 +163,7 @@ class Lender:
     """Lends slabs from the pool, or from the host cache if the pool cannot lend them.
 
     A dead reader's leases end when the monitor reports its death, when its successor requests a lease, or at their
-    deadlines. Methods that may end leases return whether any ended, because this may make room.
+    deadlines. Methods that may end leases return whether any ended, because the slabs may then be evicted.
     """
 
     def __init__(
@@ -282,9 +282,9 @@ class Lender:
         self._bus.respond(envelope, answer, [encode_header(slab.header)])
 
     def _grant(self, reader: LeaseReader, request: LeaseSlab, now: float) -> tuple[_Region, Lease] | LeaseRefusal:
-        """Return the read's existing lease, or a lease from the first region that grants one, or a refusal.
+        """Return the lease that the read already has, or else a new lease or a refusal.
 
-        Regions with handles are asked first. A ``not_found`` refusal is returned only if every region gives it.
+        Asks pool and host cache, first the one that peers can read. Refuses with ``not_found`` if neither has the slab.
         """
         try:
             check_protocol(self._bus.name, request.protocol)
@@ -306,7 +306,7 @@ class Lender:
         return next((refusal for refusal in refusals if refusal.code != "not_found"), refusals[0])
 
     def _leases_with(self, lease_id: str) -> Leases:
-        """Return the `Leases` that hold this id, or the pool's if none do."""
+        """Return the `Leases` of the memory, pool or cache, that granted this lease; the pool's if it has ended."""
         return next((each.leases for each in self._regions if lease_id in each.leases), self._regions[0].leases)
 
     def _refuse(self, envelope: Envelope, refusal: LeaseRefusal) -> None:

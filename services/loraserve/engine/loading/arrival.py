@@ -53,10 +53,10 @@ class Arrival:
 
 
 class Gate:
-    """Makes one step wait for the layers of its arriving slabs. ``arrivals`` maps slots to reads.
+    """Makes one step wait for the layers of its arriving slabs. ``arrivals`` maps adapter slots to their reads.
 
-    A step computes with late layers too, although their bytes are incomplete. The results of the requests with late
-    adapters are wrong and are discarded. Other requests are not affected.
+    If a layer is late, the step computes with its incomplete bytes. The results of requests that use the adapter are
+    then wrong and are discarded. Other requests are not affected.
     """
 
     def __init__(self, arrivals: Mapping[int, Arrival], patience_s: float) -> None:
@@ -65,7 +65,7 @@ class Gate:
         self.late: set[int] = set()
 
     def wait(self, layer: int) -> None:
-        """Wait for a layer of every arriving slab. All waits of the step share ``patience_s``."""
+        """Wait for a layer of every arriving slab. All waits of the step together last at most ``patience_s``."""
         for slot, arrival in list(self._arrivals.items()):
             began_s = monotonic()
             if not arrival.wait_for(layer, began_s + self._patience_s):
@@ -105,9 +105,9 @@ class LayeredRunner(Runner, Protocol):
 
 
 class AnnouncedLoad:
-    """Tells the runner and the scheduler how far the reads of one load are.
+    """Reports the progress of one load's reads to the runner and the scheduler.
 
-    Each attempt with another source is a new read with a new number. Its bytes overwrite those of the previous read.
+    Each attempt to read the slab is a read with a new number. Its bytes overwrite those of the previous read.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class AnnouncedLoad:
         self._arrival, self.read_number, self._reported_tokens = arrival, next(self._numbers), None
 
     def arrived(self, slab_bytes: int) -> None:
-        """Tell the runner that the first ``slab_bytes`` have arrived, and the scheduler what an early step needs."""
+        """Tell the runner how many bytes have arrived, and the scheduler how many tokens an early step needs."""
         if self._arrival is None:
             return
         self._arrival.advance(slab_bytes)
@@ -177,7 +177,7 @@ class ReadAnnouncer:
         self._numbers = count(1)
 
     def follow(self, load: LoadAdapter) -> AnnouncedLoad | None:
-        """Return the announcer of one load; None if the runner cannot compute with incomplete slabs."""
+        """Return an AnnouncedLoad; None if the runner accepts steps ahead or cannot use incomplete slabs."""
         if self._runner is None:
             return None
         return AnnouncedLoad(load, self._runner, self._speed, self._links, self._report, self._numbers)

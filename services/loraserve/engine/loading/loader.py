@@ -1,6 +1,6 @@
 """Loads adapters: executes the scheduler's load instructions.
 
-A slab passes five layers. Each layer calls the next one, which returns its result or raises an error:
+A load passes through five layers. Each layer calls the next one, which returns its result or raises an error:
 
     Scheduler           LoadAdapter(adapter, slot, offset_bytes)
         |
@@ -8,22 +8,29 @@ A slab passes five layers. Each layer calls the next one, which returns its resu
         | load()        returns AdapterLoaded or AdapterLoadFailed
     2 AdapterLoader     chooses the source, verifies the slab and installs it in its slot
         | copy()        raises SlabReadError
-    3 SlabSource        fetches the bytes from the host cache, a peer or the store
-        | stream()
-    4 TransferTarget    writes the bytes to the extent in order
-        | write()
-    5 PoolMemory        is the memory of the pool, on the host or on a GPU
+    3 SlabSource        CacheSource or StoreSource   or   PeerSource -> PeerTransports -> RegionReader
+        | stream()                                                         | read() or read_into()
+    4 TransferTarget    writes the bytes in order; calls arrived()         | then arrived()
+        | write()                                                          |
+    5 PoolMemory        is the pool, in host memory or on a GPU  <---------+
 
-Whenever bytes have arrived, TransferTarget tells AdapterLoader. The loader then verifies the layers that are complete
-and updates `AnnouncedLoad` (arrival.py), so that a step can start with these layers.
+The right branch: a peer's bytes go directly to a pool in host memory, and to a GPU over cuda_ipc and verbs. Otherwise,
+they are streamed to the GPU like the store's. In both branches `arrived` tells AdapterLoader how many bytes are there.
+It updates `AnnouncedLoad`, so that steps can use the first layers, and verifies what `LayersToVerify` returns.
 
-AdapterLoader works in five steps, each of which calls the next:
+`load` calls these methods of AdapterLoader, each indented below its caller. Other methods call none of them.
 
-    load               waits for a free extent, reads the slab, installs it and returns the result
-    read_slab          tries the sources in order until one delivers the slab or the deadline passes
-    _hedge             reads from a second source too if the first takes much longer than predicted
-    _transfer          reads from one source and learns the source's speed
-    _copy_and_verify   copies the bytes and verifies each layer against its digest in a thread
+    load                           installs the slab and returns the result
+      _read_unless_cancelled       waits until the extent can be written; returns None if the load was cancelled
+        _is_cancelled              looks up the load's state in the pool
+        read_slab                  tries the sources in order until one delivers the slab or the deadline passes
+          _hedge                   also reads from a second source if the first takes much longer than predicted
+            _transfer              reads from one source and learns the source's speed
+              _copy_and_verify     copies the bytes and verifies each layer against its digest in a thread
+              _count_failure       counts and logs a failed read
+            _race                  uses the slab that arrives first
+              _transfer            reads from the second source into a buffer
+              _copy_and_verify     copies the buffer to the extent if the second source was faster
 """
 
 import asyncio
@@ -96,7 +103,6 @@ class AdapterLoader:
             threads.shutdown(wait=True, cancel_futures=True)
 
     def counts(self) -> tuple[ReadCounts, ...]:
-        """Return how many slabs were read from each source, and how many reads failed."""
         return self._tally.counts(self._speeds)
 
     async def load(self, load: LoadAdapter) -> AdapterLoaded | AdapterLoadFailed:
@@ -144,8 +150,8 @@ class AdapterLoader:
     ) -> LoadedSlab:
         """Read a slab to ``offset_bytes`` of the pool. If the store is restarting, retry until the deadline.
 
-        If all sources fail, raise the store's SlabReadError, because the store has every adapter. The content of the
-        extent is then undefined, and nothing writes to it any more.
+        Raises SlabReadError: the store's error if all sources fail, or code ``timeout`` at the deadline. The content of
+        the extent is then undefined, and nothing writes to it any more.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -159,11 +165,11 @@ class AdapterLoader:
                         except SlabReadError as error:
                             _raise_if_cancelled()
                             if first.source == FROM_STORE:
-                                from_store = error
+                                store_error = error
                             keeps_peer = error.other_transport
                         sources = [each for each in others if keeps_peer or each.source.name != first.source.name]
-                    if not from_store.is_temporary:
-                        raise from_store
+                    if not store_error.is_temporary:
+                        raise store_error
                     await asyncio.sleep(ASK_AGAIN_S)
         except TimeoutError as error:
             message = f"neither a peer nor the store sent all of it within {self._timeout_s:g} s"
@@ -223,11 +229,11 @@ class AdapterLoader:
     async def _race(
         self, adapter: AdapterRef, offset_bytes: int, first: "asyncio.Future[LoadedSlab]", spare: SlabSource
     ) -> LoadedSlab:
-        """Also read from ``spare``, into a separate buffer. Return the slab that arrives first, in the extent."""
+        """Also read from ``spare``, into a buffer. Return the slab that arrives first, once it is in the extent."""
         self._log.info("load_hedged", adapter=adapter.name, spare=spare.source.name, transport=spare.source.transport)
         # The memory is not zeroed: for 256 MiB, that would block the event loop for 0.1 s or more.
-        beside = HostPool(np.empty(adapter.slab_bytes, np.uint8).data)
-        second = asyncio.ensure_future(self._transfer(spare, adapter, beside, 0))
+        spare_buffer = HostPool(np.empty(adapter.slab_bytes, np.uint8).data)
+        second = asyncio.ensure_future(self._transfer(spare, adapter, spare_buffer, 0))
         self._hedging = True
         try:
             await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
@@ -241,7 +247,7 @@ class AdapterLoader:
             await _give_up(first)
 
             async def fetch(start: int, length: int) -> memoryview:
-                return beside.view(start, length)
+                return spare_buffer.view(start, length)
 
             await self._copy_and_verify(
                 lambda target: target.stream(HEDGE_PIECE_BYTES, fetch), loaded.header, self._memory, offset_bytes
@@ -261,10 +267,10 @@ class AdapterLoader:
         offset_bytes: int,
         announced: AnnouncedLoad | None = None,
     ) -> LoadedSlab:
-        """Read the slab from one source, and learn its speed or count its failure.
+        """Read the slab from one source. Record the source's speed or failure.
 
         ``announced`` is told when the read begins, when bytes arrive, and if the read fails or is cancelled. Raises
-        SlabReadError. Then nothing writes to the extent any more.
+        SlabReadError, after which nothing writes to the extent any more.
         """
         origin = source.source
         began_s = self._clock.monotonic_s()
@@ -300,7 +306,7 @@ class AdapterLoader:
         offset_bytes: int,
         announce: Callable[[int], None] | None = None,
     ) -> None:
-        """Copy a slab into its extent and verify its layers in threads. The first error cancels the rest.
+        """Copy a slab into its extent and verify its layers in threads. The first error cancels all other work.
 
         ``announce`` is called with the total number of bytes whenever bytes have arrived.
         """

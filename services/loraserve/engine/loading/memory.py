@@ -29,7 +29,7 @@ POPULATE_PIECE_BYTES = 8 << 20
 POPULATE_WRITE = 23
 """MADV_POPULATE_WRITE (Linux 5.14 or later): allocates pages as a write would, but keeps their contents."""
 LEAST_AVAILABLE = 0.25
-"""Populating stops if less than this share of the machine's memory is available, as other processes may need it."""
+"""Populating stops if less than this fraction of the machine's memory is available, as other processes may need it."""
 IDLE_PRIORITY = 19
 
 
@@ -55,7 +55,7 @@ class PoolMemory(Protocol):
         ...
 
     def write(self, offset_bytes: int, data: Bytes) -> None:
-        """Write ``data``. Computations that start after this returns see it."""
+        """Write ``data``. Steps that start after this method returns read the new bytes."""
         ...
 
     def digest(self, digest: Digest, offset_bytes: int, length_bytes: int) -> None: ...
@@ -77,7 +77,7 @@ class LendableDevice(Protocol):
 
 
 class HostPool:
-    """A pool in host memory. If ``shared`` is given, ``memory`` is the beginning of it."""
+    """A pool in host memory. If ``shared`` is given, ``memory`` is a view of its beginning."""
 
     on_device = False
 
@@ -115,8 +115,8 @@ class LayersToVerify:
     """Decides which layers to verify as the bytes of a slab arrive in order. Each layer is verified once.
 
     In a pool on a device, a layer is verified as soon as it is complete. In host memory, all layers are verified after
-    the last byte has arrived, because steps compute on the same CPU. Verifying during the copy made loads a seventh
-    shorter. But the longest step during a load grew from 1.8 to 2.05 median steps (SmolLM2-135M, rank 64, 2 cores).
+    the last byte has arrived, because steps compute on the same CPU. Verifying during the copy made loads 14% shorter,
+    but the longest step during a load grew from 1.8 to 2.05 times the median (SmolLM2-135M, rank 64, 2 cores).
     """
 
     def __init__(self, header: SlabHeader, on_device: bool) -> None:
@@ -140,10 +140,7 @@ def split_layers(layers: range, threads: int) -> Sequence[range]:
 
 
 def find_damaged_layer(memory: PoolMemory, header: SlabHeader, offset_bytes: int, layers: Iterable[int]) -> int | None:
-    """Return the first of ``layers`` whose bytes in memory do not match the header's digest; None if all match.
-
-    The slab begins at ``offset_bytes`` of the memory.
-    """
+    """Return the first of ``layers`` whose bytes in memory do not match the header's digest; None if all match."""
     for layer in layers:
         part = header.layer(layer)
         digest = blake3()
@@ -154,10 +151,10 @@ def find_damaged_layer(memory: PoolMemory, header: SlabHeader, offset_bytes: int
 
 
 class TransferTarget:
-    """The extent that a slab is read into, in order.
+    """The extent that a slab is read into. The bytes arrive in order.
 
-    ``arrived`` is called with the total number of bytes whenever bytes have arrived. Sources that fill ``view``
-    themselves call it.
+    ``arrived`` must be called with the total number of bytes whenever bytes have arrived. ``stream`` does this. Sources
+    that write to the pool's memory without ``stream`` must call it themselves.
     """
 
     def __init__(
@@ -215,7 +212,7 @@ def populate(memory: memoryview) -> Thread:
     """Allocate the pages of a pool in a background thread, before loads need them, and return the thread.
 
     The first write to a page costs more than the copy. It makes the load of a 4.7 MiB slab take 17 ms instead of 3 ms
-    (Linux 6.18, virtual machine, AMD EPYC). The thread has the lowest priority. The process can exit before it ends.
+    (Linux 6.18, virtual machine, AMD EPYC). The thread has the lowest priority and does not delay the process's exit.
     """
     thread = Thread(target=_populate, args=(memory,), name="populate", daemon=True)
     thread.start()

@@ -1,7 +1,7 @@
 """The sources of slabs: the store, and peers over each transport. The host cache has its own module.
 
 `SourceFinder` returns the sources of one adapter in the order in which to try them. `StoreSource` reads over the bus.
-`PeerSource` leases the slab's extent in the peer's memory, reads it one-sided and releases the lease. It reads with
+`PeerSource` leases the slab's extent in the peer's memory, reads the slab and releases the lease. It reads with
 `PeerTransports`, which has one reader for each transport and splits reads into pieces.
 """
 
@@ -89,11 +89,11 @@ class SlabSource(Protocol):
         ...
 
     async def copy(self, adapter: AdapterRef, target: TransferTarget) -> None:
-        """Fill the target in order. Raises SlabReadError. Then nothing writes to the target any more."""
+        """Fill the target in order. Raises SlabReadError, after which nothing writes to the target any more."""
         ...
 
     def close(self, damaged: DamagedSlabError | None) -> None:
-        """Release the source. ``damaged`` names the damaged layer, if the slab that was read has one."""
+        """Release the source. ``damaged`` is the error if the slab that was read has a damaged layer, else None."""
         ...
 
 
@@ -110,7 +110,7 @@ class SlabCache(Protocol):
 
 
 def check_header(adapter: AdapterRef, frame: Frame | None, claimed_bytes: int, owner: str) -> SlabHeader:
-    """Decode the header in the answer of ``owner``. Raises SlabReadError unless it matches ``adapter``."""
+    """Decode the header ``frame`` from ``owner``. Raises SlabReadError unless version and sizes match ``adapter``."""
     try:
         header = decode_header(bytes(frame or b""))
     except msgspec.DecodeError as error:
@@ -170,7 +170,7 @@ class StoreSource:
 ANSWER_S = 2.0
 """Timeout of lease requests. A running peer answers in milliseconds."""
 RENEW_AT = 0.5
-"""A lease is renewed after this share of its remaining time."""
+"""A lease is renewed after this fraction of its remaining time."""
 SOONEST_S = 0.01
 SILENCE_S = 5.0
 """Seconds without data after which a read fails."""
@@ -180,7 +180,7 @@ it is host memory, a step may start after any piece."""
 
 
 class PeerTransports:
-    """The transports over which this engine reads from peers. Each has one reader, created at its first use.
+    """The transports over which this engine reads from peers. Each transport has one reader.
 
     ``abilities`` describes the transports that this engine can read over; None if it does not read from peers.
     """
@@ -247,7 +247,7 @@ class PeerTransports:
             self._verbs = verbs, verbs.keep(memory)
 
     async def _read_to_gpu(self, handle: Handle, slab: ByteRange, gpu: GpuMemory, target: TransferTarget) -> bool:
-        """Read directly into the GPU's memory. Return False if the transport cannot do this."""
+        """Read the slab directly into the GPU's memory. Return False if the handle's transport cannot do this."""
         match handle:
             case CudaIpcHandle():
                 await self._ipc_reader(handle, gpu).read_into(handle, [slab], gpu, target.offset_bytes)
@@ -276,10 +276,10 @@ class PeerTransports:
 
 
 def _is_read_at_once(handle: Handle, slab_bytes: int) -> bool:
-    """Return whether a slab is read in one piece.
+    """Return whether to read a slab in one piece: it is small, or shm copies it in a thread.
 
-    Above SLICED_BYTES, shm copies the whole slab in a thread. Copying 256 MiB piece by piece in the event loop took
-    35% longer. Each piece also blocked the loop for 2 to 4 ms (AMD EPYC, 2 cores).
+    Copying 256 MiB piece by piece in the event loop, not in a thread, took 35% longer. Each piece also blocked the
+    event loop for 2 to 4 ms (AMD EPYC, 2 cores).
     """
     return slab_bytes <= PIECE_BYTES or (handle.transport == "shm" and slab_bytes > SLICED_BYTES)
 
@@ -422,7 +422,7 @@ class SourceFinder:
         self.speeds.forget_failures(engine)
 
     def avoid(self, source: ReadSource) -> None:
-        """End a failed read and avoid its source for some time."""
+        """Record that a read failed, and rank its source last for 1 to 60 s."""
         self.speeds.fail_read(source, self.clock.monotonic_s())
 
     def _open_source(self, source: ReadSource) -> SlabSource:

@@ -20,7 +20,7 @@ FORGETTING = 0.9
 PRIOR_WEIGHT = 0.5
 """The fit for a new source starts with two assumed reads, of SMALL_BYTES and LARGE_BYTES, each of this weight."""
 LEAST_SLOPE = 8.0
-"""A fitted time per byte is treated as noise if it is below that of the mean read divided by this."""
+"""A fitted time per byte below 1/LEAST_SLOPE of the estimated one is noise."""
 SMALL_BYTES, LARGE_BYTES = MIB // 4, 64 * MIB
 FIRST_AVOIDANCE_S, LONGEST_AVOIDANCE_S = 1.0, 60.0
 MOST_COUNTED = 256
@@ -65,7 +65,7 @@ EXPECTED = {
 
 
 class _FittedLine:
-    """Fits read times from weighted sums over the reads: x is the size in MiB, y the time in seconds."""
+    """Fits a line to read times by weighted least squares: x is the size in MiB, y the time in seconds."""
 
     def __init__(self, prior: ReadSpeed) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
@@ -89,8 +89,8 @@ class _FittedLine:
     def speed(self) -> ReadSpeed:
         """Return the fitted speed.
 
-        If all reads have one size, the slope is unknown. The mean time is then split between latency and bytes in the
-        same ratio as in the prior.
+        If no plausible line fits the reads, for example because all have one size, the mean read time is divided into
+        latency and transfer time. Their ratio is that of the speed assumed before the first read.
         """
         mean_x, mean_y = self._x / self._weight, self._y / self._weight
         spread = self._xx / self._weight - mean_x * mean_x
@@ -113,19 +113,19 @@ class _SourceSpeed:
 
 
 class LinkSpeeds:
-    """The speed of each source, learned from its reads. Sources with the same transport share a prior."""
+    """The speed of each source, learned from its reads. A new source starts with the speed of its transport."""
 
     def __init__(self) -> None:
         self._sources: dict[ReadSource, _SourceSpeed] = {}
         self._transports: dict[str, _FittedLine] = {}
 
     def predict(self, source: ReadSource, length_bytes: int) -> float:
-        """Return the seconds that a read would take if it began now, concurrently with the reads in progress."""
+        """Return the seconds that a new read would take, concurrently with the source's reads in progress."""
         known = self._sources.get(source)
         return (1 + (known.under_way if known else 0)) * self.speed(source).seconds(length_bytes)
 
     def predict_under_way(self, source: ReadSource, length_bytes: int) -> float:
-        """Return the total seconds of a read in progress, provided no other read begins or ends."""
+        """Return the total seconds of a read in progress, if the source's number of reads does not change."""
         known = self._sources.get(source)
         return max(1, known.under_way if known else 0) * self.speed(source).seconds(length_bytes)
 
@@ -136,7 +136,7 @@ class LinkSpeeds:
         return self._transport(source.transport).speed()
 
     def is_avoided(self, source: ReadSource, now: float) -> bool:
-        """Return whether the source failed recently. Each consecutive failure doubles the time it is avoided."""
+        """Return whether to avoid the source: for 1 s after a failure, doubled by each consecutive one, up to 60 s."""
         known = self._sources.get(source)
         return known is not None and known.avoided_until_s > now
 
@@ -145,7 +145,7 @@ class LinkSpeeds:
         self._source(source).under_way += 1
 
     def finish_read(self, source: ReadSource, length_bytes: int, own_s: float) -> None:
-        """End a successful read and learn from it. ``own_s`` is the time it would have taken alone."""
+        """End a successful read and learn from it. ``own_s`` is the seconds it would have taken alone."""
         known = self._source(source)
         known.under_way -= 1
         known.failures, known.avoided_until_s = 0, 0.0
@@ -187,8 +187,8 @@ class LinkSpeeds:
 class SharedLink:
     """Estimates how long overlapping loads would each have taken alone.
 
-    While n loads are in progress, each is charged 1/n of the elapsed time. Predictions multiply this time by the number
-    of reads in progress.
+    While n loads are in progress, each is charged 1/n of the elapsed time. `LinkSpeeds.predict` does the reverse: it
+    multiplies the time alone by the number of concurrent reads from the source.
     """
 
     def __init__(self) -> None:
@@ -268,7 +268,7 @@ def order_sources(
 
     Sources that failed recently come last. A peer has one source for each transport that works between it and this
     engine, because another transport may work if one fails. ``mine`` describes this engine's transports; None if it
-    reads only from the store.
+    reads only from the store. ``preferred`` lists the transports that may be used.
     """
 
     def rank(source: ReadSource) -> tuple[bool, float]:
@@ -284,5 +284,5 @@ def order_sources(
 
 
 def hedge_after_s(predicted_s: float) -> float:
-    """Return the seconds after which a second source is read concurrently."""
+    """Return the seconds to wait for a read, predicted to take ``predicted_s``, before a second source is read."""
     return max(HEDGE_FLOOR_S, HEDGE_FACTOR * predicted_s)

@@ -98,7 +98,7 @@ def _positive_number(config: Mapping[str, Any], name: str, default: float | None
 
 
 def _rope(config: Mapping[str, Any], max_positions: int) -> Rope:
-    """Read either ``rope_theta`` and ``rope_scaling`` or the newer ``rope_parameters``."""
+    """Read the fields ``rope_theta`` and ``rope_scaling``, or the newer field ``rope_parameters``."""
     newer = config.get("rope_parameters")
     field = "rope_parameters" if newer else "rope_scaling"
     values = config.get(field) or {}
@@ -124,7 +124,7 @@ def _rope(config: Mapping[str, Any], max_positions: int) -> Rope:
 
 
 def _sliding_window(config: Mapping[str, Any], family: str) -> int | None:
-    """Return the sliding window in tokens, or None. Missing fields have the defaults of transformers."""
+    """Return the sliding window in tokens; None if there is none. Defaults are those of transformers."""
     if family == "mistral":
         window = config.get("sliding_window", 4096)
     elif family in ("qwen2", "qwen3") and config.get("use_sliding_window", False):

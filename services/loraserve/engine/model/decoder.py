@@ -25,7 +25,7 @@ class LayerGate(Protocol):
 class StepInputs:
     """The tokens of a step, packed sequence after sequence.
 
-    ``tokens`` and ``positions`` are int64 [tokens]. ``sampled_rows`` int64 holds the token indices that need logits.
+    ``tokens`` and ``positions`` are int64 [tokens]. ``sampled_rows`` int64 holds indices of tokens that need logits.
     """
 
     tokens: torch.Tensor
@@ -37,7 +37,7 @@ class StepInputs:
 
 @dataclass(slots=True)
 class _LayerBuffers:
-    """Buffers that every layer overwrites: normalised input, queries and FFN activations."""
+    """Buffers that all layers reuse: normalised input, queries and FFN activations."""
 
     normed: torch.Tensor
     q: torch.Tensor

@@ -39,14 +39,14 @@ class Fp16Linear(Linear):
 
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, backend: Backend) -> Linear:
-    """Return a Linear for float32 ``weight`` and ``bias``. It stays float32 if a weight exceeds fp16's range."""
+    """Return a layer for ``backend``, or for float32 if a weight exceeds fp16's range. The inputs are float32."""
     if backend == "fp16" and weight.abs().max().item() <= FP16_MAX:
         return Fp16Linear(weight, bias)
     return Linear(weight, bias)
 
 
 class CpuWeightForm:
-    """The WeightForm of the CPU engine. The embedding keeps its dtype, and the decoder converts the rows it reads."""
+    """Converts weights for the CPU engine. The embedding keeps its dtype. The decoder converts the rows it reads."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend

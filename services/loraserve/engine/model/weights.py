@@ -49,21 +49,21 @@ class DecoderWeights:
 class WeightForm(Protocol):
     """Converts loaded weights to the dtype, layout and device that an engine computes with.
 
-    The given tensors are float32, except the embedding. Implementations must not keep the embedding's tensor.
+    All given tensors are float32, except the embedding, which is a view of a mapped file and must be copied.
     """
 
     def embedding(self, weight: torch.Tensor) -> torch.Tensor:
-        """Convert ``weight`` [vocab, hidden], which maps the file and has its dtype."""
+        """Convert a copy of ``weight`` [vocab, hidden], which is mapped from the file and has the file's dtype."""
         ...
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear: ...
 
     def tied_head(self, embedding: torch.Tensor) -> Linear:
-        """Return the output head of a model whose head is its embedding. ``embedding`` is already converted."""
+        """Return the output head of a model with tied embeddings. ``embedding`` has already been converted."""
         ...
 
     def vector(self, weight: torch.Tensor) -> torch.Tensor:
-        """Convert the weight of a norm. It stays float32."""
+        """Convert the weight of a norm layer. The result is float32."""
         ...
 
 
@@ -129,7 +129,7 @@ def _to_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Checkpoint:
-    """The tensors of a directory's safetensors files, by name. Files are mapped, so only taken tensors are read."""
+    """The tensors in the safetensors files of a directory. The files are mapped, so only taken tensors are read."""
 
     def __init__(self, model_dir: Path) -> None:
         self._dir = model_dir
@@ -158,7 +158,7 @@ class Checkpoint:
         self._left.discard(name)
 
     def check_all_taken(self) -> None:
-        """Raise ConfigError if a tensor was neither taken nor skipped, as the results would then be wrong."""
+        """Raise ConfigError if a tensor was neither taken nor skipped. The model's results would be wrong."""
         if self._left:
             names = sorted(self._left)
             raise ConfigError(

@@ -1,7 +1,7 @@
 """Times random batches and adapter loads on a runner, without a scheduler or bus.
 
 The batches are of every kind and size that occurs in serving. An engine with one CPU thread is timed in CPU seconds,
-which other processes on the machine hardly change. Other engines are timed by the runner's own clock.
+which other processes on the machine hardly change. Other engines are timed in elapsed seconds.
 """
 
 import statistics
@@ -42,7 +42,7 @@ MAX_PREFILLS = 3
 
 
 class BatchPart(msgspec.Struct, frozen=True):
-    """One sequence of a batch: ``tokens`` to compute after ``context`` tokens. ``adapter`` is an index, -1 for none."""
+    """A sequence of a batch: ``tokens`` to compute after ``context`` tokens. ``adapter`` is a slot, -1 for none."""
 
     tokens: int
     context: int
@@ -59,7 +59,7 @@ class TimedBatch(msgspec.Struct, frozen=True):
 
 
 def design_batches(limits: SchedulerLimits, adapters: int, count: int, seed: int = 0) -> list[TimedBatch]:
-    """Return ``count`` batches within the limits, cycling through the kinds. Sizes are log-uniform."""
+    """Return ``count`` random batches within the limits, of all KINDS in turn, for ``adapters`` loaded adapters."""
     rng = Random(seed)
     return [_draw_batch(KINDS[index % len(KINDS)], limits, adapters, rng) for index in range(count)]
 
@@ -81,7 +81,7 @@ def _draw_batch(kind: str, limits: SchedulerLimits, adapters: int, rng: Random) 
 
 
 def _draw_part(tokens: int, longest: int, adapter: int, rng: Random) -> BatchPart:
-    """Return a sequence with a random context length. A prefill may have none, like a prompt's first chunk."""
+    """Return a sequence with a random context length. Half of the prefills have no context, like a new prompt."""
     context = _log_uniform(rng, MIN_CONTEXT, longest - tokens)
     return BatchPart(tokens, context if tokens == 1 else rng.choice((0, context)), adapter)
 
@@ -144,7 +144,7 @@ def measure_loads(
 def measure_steps(
     runner: Runner, steps: Sequence[StepBatch], rounds: int, cpu_seconds: bool, progress: Progress
 ) -> list[float]:
-    """Return the median seconds of each step. A round runs all steps, which spreads a slow period over many of them."""
+    """Return the median seconds of each step. Each round runs all steps, so a slow period affects many of them."""
     seconds: list[list[float]] = [[] for _ in steps]
     reported_s = time.monotonic()
     for round_index in range(rounds):
@@ -157,7 +157,7 @@ def measure_steps(
 
 
 def make_step(step_id: int, batch: TimedBatch, block_tokens: int, vocab: int) -> StepBatch:
-    """Return a runner's step for the batch, with random tokens and separate KV blocks for each sequence."""
+    """Convert a batch to a runner's step, with random tokens and separate KV blocks for each sequence."""
     rng = Random(step_id)
     sequences = []
     next_block = 0

@@ -21,7 +21,7 @@ def chain_digest(previous: bytes, tokens: Sequence[int]) -> bytes:
 
 
 def root_digest(version: str) -> bytes:
-    """Return the first digest of an adapter version's chain of blocks. The version "" is the base model."""
+    """Return the digest that starts the chain of an adapter's blocks. The version "" is the base model."""
     return blake2b(version.encode(), digest_size=DIGEST_BYTES).digest()
 
 
@@ -70,7 +70,7 @@ class BlockManager:
         return block
 
     def add_to_cache(self, block: int, digest: bytes) -> None:
-        """Let later requests share a computed block. Does nothing if the digest or the block is cached already."""
+        """Let later requests share a computed block. Does nothing if caching is off or block or digest is cached."""
         if self._prefix_cache and digest not in self._cached and block not in self._digest_of:
             self._cached[digest] = block
             self._digest_of[block] = digest

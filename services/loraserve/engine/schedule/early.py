@@ -25,7 +25,7 @@ def remaining_read_s(expected_s: float, elapsed_s: float, fraction: float) -> fl
     """Return the estimated seconds until a read is verified.
 
     The read was expected to take ``expected_s`` seconds. In ``elapsed_s`` seconds it has delivered ``fraction`` of the
-    slab, which is above 0. The estimate is the larger of the expected remaining time and the time at the current speed.
+    slab (above 0). The estimate is the larger of the rest of ``expected_s`` and the time at the average speed so far.
     """
     return max(expected_s - elapsed_s, elapsed_s * (1 - fraction) / fraction)
 
@@ -33,8 +33,8 @@ def remaining_read_s(expected_s: float, elapsed_s: float, fraction: float) -> fl
 def min_prefill_tokens(remaining_s: float, measured: MeasuredSpeed) -> int | None:
     """Return the minimum prefill tokens of a step that lasts until the read is verified, in ``remaining_s`` seconds.
 
-    Returns None if the average prefill step is too short, or if the remaining time is below MIN_GAIN_S. Steps with more
-    tokens than the average are assumed to take at least the average time.
+    The time of a prefill step is assumed to be proportional to its tokens. Returns 1 if a decode step is long enough.
+    Returns None if an average prefill step is too short, or if the remaining time is below MIN_GAIN_S.
     """
     if remaining_s < MIN_GAIN_S:
         return None
@@ -73,7 +73,7 @@ class EarlyStarts:
         return first_tokens(sequence) >= read.least_tokens
 
     def start(self, version: str) -> int:
-        """Count an early start and return the number of the adapter's read. Returns 0 if no read was announced."""
+        """If the adapter is still being read, count an early start and return the read's number. Else, return 0."""
         read = self._announced(version)
         if read is None:
             return 0
@@ -83,8 +83,8 @@ class EarlyStarts:
     def is_valid(self, sequence: Sequence, late: bool) -> bool:
         """Return whether the result of the sequence's completed step may be used.
 
-        This is always true if the sequence did not start early. ``late`` is true if the runner computed a layer before
-        that layer had been read.
+        Always True if the sequence did not start early. Returning False increments ``discarded``. ``late`` is true if
+        the runner computed a layer before that layer had been read.
         """
         if not sequence.early_read:
             return True
@@ -99,7 +99,7 @@ class EarlyStarts:
         return False
 
     def validate(self, running: Iterable[Sequence]) -> None:
-        """Raise AssertionError if a request runs without its adapter but is not marked as an early start."""
+        """Raise AssertionError if the states of requests and adapters disagree about early starts."""
         for sequence in running:
             entry = self._pool.get(sequence.version) if sequence.version else None
             has_adapter = entry is None or entry.is_complete

@@ -17,13 +17,13 @@ If present, it is the only element of ``tokens``, because a decode computes one 
 
 
 class SequenceStep(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One sequence in a step (a "part" of the step): compute the KV of ``tokens`` and write it to ``blocks``.
+    """One sequence in a step: the runner computes the KV of ``tokens`` and writes it to ``blocks``.
 
     ``start`` is the position of the first of ``tokens``. All earlier positions have KV. ``blocks`` is the block table
     for ``start + len(tokens)`` positions. ``slot`` is the adapter slot, -1 for the base model. If ``sample`` is true,
     the runner samples the token after ``tokens``. Its index in the output is ``output_index``. ``history`` is the
-    prompt (``prompt_length`` tokens) and the output so far. Only sampling penalties read it. It does not change during
-    a step with penalties, because such a step never runs ahead of the previous result.
+    prompt (``prompt_length`` tokens) and the output so far. Only sampling penalties read ``history``. It does not
+    change during a step with penalties, because this step is sent only after the previous result.
     """
 
     request_id: str
@@ -152,7 +152,7 @@ class AdapterExpected(msgspec.Struct, frozen=True):
 
 
 class LeasesEnded(msgspec.Struct, frozen=True):
-    """Peers have finished reading slabs from this engine's pool. These slabs may now be evicted."""
+    """Peers' leases on slabs of this engine have ended. The slabs may now be evicted."""
 
 
 Event = (
@@ -181,10 +181,7 @@ class RunStep(msgspec.Struct, frozen=True):
 
 
 class LoadAdapter(msgspec.Struct, frozen=True):
-    """Read the slab to ``offset_bytes`` in the pool and install it in ``slot``.
-
-    Report AdapterLoaded or AdapterLoadFailed.
-    """
+    """Read the slab to ``offset_bytes`` of the pool, install it in ``slot`` and report how the load ended."""
 
     adapter: AdapterRef
     slot: int
@@ -228,7 +225,7 @@ class Emit(msgspec.Struct, frozen=True):
 
 
 class Reject(msgspec.Struct, frozen=True):
-    """Tell the gateway that the request failed. It produces no more tokens."""
+    """Tell the gateway that the request failed. The request produces no more tokens."""
 
     request_id: str
     gateway: str

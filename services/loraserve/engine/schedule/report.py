@@ -44,8 +44,8 @@ class _AdapterCount(msgspec.Struct):
 class TokenCounts:
     """Counts requests and computed tokens by adapter version. The version "" is the base model.
 
-    The counts of an adapter without requests are dropped after IDLE_REPORTS reports, to bound memory. If the adapter is
-    requested again, its counts start from zero with a new ``span`` number.
+    Counts that did not change for IDLE_REPORTS reports are dropped, to bound memory. If the adapter is requested again,
+    its counts start from zero with a new ``span`` number.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class TokenCounts:
             count.prefill += tokens
 
     def count_prefix(self, known: int, cached: int) -> None:
-        """Count the ``known`` tokens of a started sequence and those of them found in the prefix cache."""
+        """Count the tokens of a started sequence: ``known`` in total, ``cached`` found in the prefix cache."""
         self.prefix_queries += known
         self.prefix_hits += cached
 
@@ -210,7 +210,7 @@ class SpeedMeter:
             self._decode_step = _smooth(self._decode_step, mean_step(shape, duration_s), times)
 
     def record_load(self, slab_bytes: int, own_s: float) -> None:
-        """Record a completed load. ``own_s`` is its duration in seconds, without waits for other loads on the link."""
+        """Record a completed load. ``own_s`` estimates the seconds it would have taken without concurrent loads."""
         if not 0 < own_s < inf:
             return
         first = not self._loads
@@ -231,10 +231,7 @@ def _move_towards(old: float, new: float, times: int = 1) -> float:
 
 
 def step_shape(batch: StepBatch, adapters: Mapping[int, AdapterRef | SlabHeader]) -> tuple[StepShape, dict[int, int]]:
-    """Return a step's shape for the cost model, and its number of tokens by adapter rank (0 for the base model).
-
-    ``adapters`` maps slots to adapters.
-    """
+    """Return a step's shape for the cost model, and its number of tokens by adapter rank (0 for the base model)."""
     decode = kv = prefill = prefill_kv = 0
     slot_tokens: dict[int, int] = {}
     for part in batch.sequences:

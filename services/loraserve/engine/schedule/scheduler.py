@@ -110,7 +110,7 @@ class Scheduler:
         return not self._sequences and not self.pipeline
 
     def validate(self) -> None:
-        """Raise AssertionError with the name of the first broken invariant, if any."""
+        """Raise AssertionError if an invariant is broken. The message names the invariant."""
         self.blocks.validate()
         self.residency.validate()
         self.pipeline.validate(self.running, self.blocks)
@@ -127,7 +127,7 @@ class Scheduler:
         for sequence in self.running:
             is_running = sequence.state in (RUNNING, EARLY, ENDING)
             assert is_running, f"a request in state {sequence.state.name} is queued as running"
-        assert self.blocks.references == sum(len(s.blocks) for s in self.running), "no request owns some blocks"
+        assert self.blocks.references == sum(len(s.blocks) for s in self.running), "KV blocks are used by no request"
         users = Counter(sequence.version for sequence in self.running)
         for entry in self.residency.pool.entries():
             pins = users[entry.adapter.version]
@@ -265,7 +265,7 @@ class Scheduler:
     # --- Adapters fail.
 
     def _load_failed(self, version: str, code: str, message: str, now: float) -> list[Instruction]:
-        """Reject all requests that need the adapter. After a cancelled load, only free its extent."""
+        """Reject all requests that need the adapter. If its load was cancelled, only free its extent."""
         self.story.tell(version, now, f"load failed: {code}: {message}")
         if code == CANCELLED:
             return self.residency.drop_cancelled_load(version)
@@ -363,7 +363,7 @@ class Scheduler:
     # --- Many decode steps at once, for a simulator.
 
     def quiet_steps(self) -> int:
-        """Return the number of quiet steps that follow, including the step in flight.
+        """Return a lower bound on the number of quiet steps that follow, including the step in flight.
 
         In a quiet step all running requests decode, and none starts or ends. The count assumes that no sampled token
         stops a request. Returns 0 if the next step may not be quiet or the prefix cache is enabled. Also returns 0
@@ -417,7 +417,7 @@ class Scheduler:
         return self.blocks.blocks_for(sequence.computed + steps + 1) - len(sequence.blocks)
 
     def _allocate_for_quiet_steps(self, steps: int) -> None:
-        """Allocate blocks in the order in which the single steps would allocate them."""
+        """Allocate the blocks for ``steps`` decode steps in the order in which single steps would allocate them."""
         due: list[tuple[int, int]] = []
         for index, sequence in enumerate(self.running):
             held = len(sequence.blocks)

@@ -64,8 +64,8 @@ class Sequence:
     """The tokens of a request and the progress of their computation.
 
     ``history`` holds the known tokens: the prompt and the output so far. The first ``computed`` tokens have KV.
-    ``in_flight`` steps contain the sequence. When these steps are done, ``scheduled`` tokens will have KV, and
-    ``pending`` more tokens will be known.
+    ``in_flight`` is the number of steps in flight that contain the sequence. When they are done, ``scheduled`` tokens
+    will have KV, and ``pending`` more tokens will be known.
     """
 
     def __init__(self, admit: Admit, order: int, max_model_tokens: int, block_tokens: int) -> None:
@@ -103,7 +103,7 @@ class Sequence:
 
     @property
     def has_started(self) -> bool:
-        """Whether the request runs or has output, so that results computed with its adapter are in use."""
+        """Whether results computed with the adapter are in use: the request runs, or waits and has output."""
         if self.state is WAITING:
             return self.output_length > self.admit.generated
         return self.state is RUNNING or self.state is EARLY
@@ -173,14 +173,14 @@ class Sequence:
         self.pending -= part.sample
 
     def is_kv_valid(self, part: SequenceStep) -> bool:
-        """Return whether the KV of a completed part is valid.
+        """Return whether the KV that a completed step wrote for this sequence is valid.
 
-        It is invalid if an earlier step failed, or if the part computed a sampled token that was not accepted.
+        It is invalid if an earlier step failed, or if the step computed a token that was not added to ``history``.
         """
         return part.start == self.computed and part.start + len(part.tokens) <= len(self.history)
 
     def accept(self, sampled: Sampled, eos: frozenset[int]) -> TokenDelta:
-        """Append the sampled token to the output and return the message for the gateway."""
+        """Append the sampled token to ``history`` unless it stops the request. Return the message for the gateway."""
         index, token, sampling = self.output_length, sampled.token, self.admit.sampling
         finish, stop_reason = finish_of(token, index, sampling, self.max_tokens, eos)
         # A token that stops the request is not added to the history, so that no step computes its KV.

@@ -5,7 +5,7 @@ run out, the latest arrival is preempted: its blocks are released, and it will b
 
 A waiting request whose adapter is not in the pool is skipped, and later requests may start. New requests could keep the
 resident adapters in use forever, and the skipped request would never run. After MAX_OVERTAKEN later requests have
-started, the skipped request therefore reserves a place: a set of resident adapters whose eviction makes room. No new
+started, the skipped request therefore reserves a place: a set of resident adapters to evict for its adapter. No new
 request may start with these adapters, so they become evictable when their running requests end. Those requests may run
 for long, so one more place is reserved after each further MAX_OVERTAKEN starts.
 """
@@ -23,7 +23,7 @@ class StepBuilder:
     """Assigns tokens and KV blocks to sequences until the token budget or the blocks are used up.
 
     ``previous`` holds the ids of the requests in the step sent last. ``waits_for_blocks`` is true if a running sequence
-    must wait for blocks that steps in flight use. No waiting request may start in such a step.
+    must wait for blocks that steps in flight use. Then no waiting request may start in this step.
     """
 
     def __init__(self, blocks: BlockManager, budget_tokens: int, previous: Collection[str]) -> None:
@@ -38,9 +38,9 @@ class StepBuilder:
         """Add the running sequences in order of arrival, decodes before prefills.
 
         When blocks run out, the latest arrivals are preempted, so that the oldest request always makes progress. A
-        sequence in flight cannot be preempted, because its step uses its blocks. If it lacks blocks itself, it is left
-        out of this step. If all possible victims are in flight, no further sequence is added, so that the victims can
-        be preempted when their steps are done.
+        sequence in flight cannot be preempted, because its step uses its blocks. If such a sequence lacks blocks, it is
+        left out of this step. If all possible victims are in flight, no further sequence is added, so that the victims
+        can be preempted when their steps are done.
         """
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
@@ -68,7 +68,7 @@ class StepBuilder:
                 self._add_part(sequence, tokens)
 
     def allocate_waiting(self, sequence: Sequence) -> bool:
-        """Allocate a waiting sequence's blocks for this step. Returns False if its known tokens do not all fit."""
+        """Allocate a waiting sequence's blocks for a step. Returns False if its history and one token do not fit."""
         cached = self._acquire_cached_prefix(sequence)
         needed = self._blocks.blocks_for(len(sequence.history) + 1) - len(cached)
         if needed > self._blocks.free:
@@ -95,7 +95,7 @@ class StepBuilder:
         return tuple(self._parts.values())
 
     def _can_follow(self, sequence: Sequence) -> bool:
-        """Return whether a sequence in flight can join this step. It must be in the step sent last."""
+        """Return whether a sequence in flight can join this step: it is in the step sent last and can run ahead."""
         return sequence.request_id in self._previous and sequence.can_run_ahead
 
     def _add_part(self, sequence: Sequence, tokens: int) -> None:
@@ -116,9 +116,9 @@ class StepBuilder:
         return True
 
     def _choose_victim(self, running: list[Sequence], sequence: Sequence) -> Sequence | None:
-        """Return the latest arrival after ``sequence`` that is in no step, or else ``sequence`` itself.
+        """Return the sequence to preempt: the latest arrival after ``sequence`` that is in no step, or ``sequence``.
 
-        Returns None if a sequence in flight will release blocks or become a possible victim when its step is done.
+        Returns None if sequences in flight will free blocks, or can be preempted, when their steps are done.
         """
         later = [s for s in running if s not in self.preempted and s.order > sequence.order]
         idle = [s for s in later if not s.in_flight]
@@ -205,14 +205,14 @@ class StepPipeline:
 
 
 MAX_OVERTAKEN = 64
-"""Number of later requests that may start before a skipped request reserves room in the pool."""
+"""Number of later requests that may start before a skipped request reserves memory in the pool."""
 
 
 class OvertakingLimit:
     """Applies the limit on overtaking during one pass over the waiting requests, in order of arrival.
 
-    Only the first request over the limit reserves room. ``find_blocking(adapter, places)`` returns the versions in
-    the ``places`` sets of resident adapters that are cheapest to evict for the adapter.
+    Only the first request over the limit reserves memory in the pool. ``find_blocking(adapter, places)`` returns the
+    versions to evict for ``adapter``: the union of the ``places`` cheapest sets.
     """
 
     def __init__(self, find_blocking: Callable[[AdapterRef | None, int], frozenset[str]]) -> None:
@@ -221,17 +221,17 @@ class OvertakingLimit:
         self._reserved: frozenset[str] | None = None
 
     def skip(self, sequence: Sequence) -> None:
-        """Record that the request waits for its adapter, and reserve room if it was overtaken too often."""
+        """Record that the request waits for its adapter. If it was overtaken too often, reserve memory for it."""
         self._skipped.append(sequence)
         if self._reserved is None and sequence.overtaken >= MAX_OVERTAKEN:
             self._reserved = self._find_blocking(sequence.admit.adapter, sequence.overtaken // MAX_OVERTAKEN)
 
     def may_start(self, sequence: Sequence) -> bool:
-        """Return False if the request's adapter occupies reserved room, else True."""
+        """Return False if the request's adapter occupies reserved memory, else True."""
         return not self._reserved or sequence.version not in self._reserved
 
     def record_start(self, sequence: Sequence) -> None:
-        """Count this start for all skipped requests. Base-model requests do not count, as they use no pool room."""
+        """Count this start for all skipped requests. Base-model requests do not count: they use no pool memory."""
         if sequence.version:
             for other in self._skipped:
                 other.overtaken += 1

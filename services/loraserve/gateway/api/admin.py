@@ -85,7 +85,7 @@ async def show_cluster(http: web.Request) -> web.Response:
 def usable_transports(
     engines: Sequence[EngineCapabilities], preferred: Sequence[Transport]
 ) -> dict[str, dict[str, list[str]]]:
-    """Return the transports for each pair of reading and owning engine, in order of preference.
+    """Return {reader: {owner: transports}} for all pairs of engines, with the best transport first.
 
     The store is left out, since every engine can read from it. Empty above ``MAX_TABLE_ENGINES`` engines.
     """

@@ -54,7 +54,7 @@ def encode_messages(
     request: ChatRequest | TokenizeRequest,
     context: int | None,
 ) -> tuple[int, ...]:
-    """Apply the model's chat template to the messages and return the prompt's tokens. Blocks.
+    """Apply the model's chat template and return the prompt's tokens. Call it through ``ModelTokenizer.run``.
 
     Raises ApiError 400 if the model has no template, if the template refuses the messages, or if the prompt cannot fit
     into ``context`` tokens (None: no limit).
@@ -103,7 +103,7 @@ def template_message(message: ChatMessage, index: int) -> dict[str, Any]:
 
 
 def template_arguments(given: msgspec.Raw) -> dict[str, Any]:
-    """Return the arguments for the chat template. Raises ApiError 400 for reserved names."""
+    """Decode ``chat_template_kwargs``. Raises ApiError 400 for reserved names and if it is not an object."""
     arguments: dict[str, Any] = decode_field(given, dict[str, Any] | None, "chat_template_kwargs") or {}
     reserved = sorted(RESERVED_TEMPLATE_ARGUMENTS & set(arguments))
     if reserved:

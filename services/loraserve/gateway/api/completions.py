@@ -45,7 +45,7 @@ async def completions(http: web.Request) -> web.StreamResponse:
 
 
 def check_items(gateway: Gateway, items: Sequence[str | list[int]]) -> int:
-    """Return the length of the longest text. Raises ApiError 400 for a text that cannot fit and for unknown ids."""
+    """Return the length of the longest text in characters. Raises ApiError 400 for too long texts and unknown ids."""
     for item in items:
         if not isinstance(item, str):
             check_token_ids(item, gateway.tokenizer.vocab, "prompt")
@@ -57,12 +57,12 @@ def check_items(gateway: Gateway, items: Sequence[str | list[int]]) -> int:
 def encode_items(
     tokenizer: ModelTokenizer, items: Sequence[str | list[int]], add_special_tokens: bool
 ) -> list[tuple[int, ...]]:
-    """Return the tokens of each prompt. Blocks."""
+    """Return the tokens of each prompt. Call it through ``ModelTokenizer.run``."""
     return [tokenizer.encode(item, add_special_tokens) if isinstance(item, str) else tuple(item) for item in items]
 
 
 def echoed(tokenizer: ModelTokenizer, items: Sequence[str | list[int]], n: int) -> list[str]:
-    """Return the text of each choice's prompt. Blocks."""
+    """Return the prompt text of each choice, with ``n`` choices per prompt. Call it through ``ModelTokenizer.run``."""
     texts = [item if isinstance(item, str) else tokenizer.decode(item) for item in items]
     return [text for text in texts for _ in range(n)]
 
@@ -93,7 +93,7 @@ class CompletionFormat:
         }
 
     def _logprobs_of(self, output: OutputChunk) -> dict[str, Any]:
-        """Return four lists with one entry per token. Text offsets continue from the choice's previous chunk."""
+        """Return OpenAI's ``logprobs`` object. Text offsets continue from the choice's previous chunk."""
         tokens = [self._token_bytes.text(one.token) for one in output.scored]
         offset = self._offsets.get(output.choice, 0)
         offsets = []

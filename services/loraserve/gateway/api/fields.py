@@ -4,8 +4,8 @@
 - Harmless (``HARMLESS``): the field is accepted and ignored; the answer is the same without it.
 - Refused (``REFUSED``): the field would change the answer and is unsupported. Neutral values such as null are accepted.
 
-A field that is listed here and declared for one endpoint is applied by that endpoint only. Unknown fields are accepted
-and ignored, because clients send many fields of their own.
+If a field that is listed here is declared for one endpoint, only that endpoint applies the field. Unknown fields are
+accepted and ignored, because clients send many fields of their own.
 """
 
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ LONGEST_NEUTRAL_BYTES = 100
 class FieldRefusal(NamedTuple):
     """The reason for refusing a field, with a remedy, and the values that are accepted.
 
-    Accepted are the ``neutral`` values, and objects whose "type" is ``neutral_type``, whatever their other keys.
+    A value is accepted if it is one of ``neutral``, or an object whose "type" is ``neutral_type``, with any other keys.
     """
 
     reason: str
@@ -63,7 +63,7 @@ _TEMPLATE = 'is not supported; if the model\'s chat template takes it, put it in
 
 
 def _refused(reason: str, fields: str, *also_neutral: Any) -> dict[str, FieldRefusal]:
-    """Map each name in ``fields`` (separated by spaces) to one refusal. ``also_neutral`` adds neutral values."""
+    """Map each name in ``fields`` (separated by spaces) to a refusal. ``also_neutral`` adds accepted values."""
     return dict.fromkeys(fields.split(), FieldRefusal(reason, (*ASKS_FOR_NOTHING, *also_neutral)))
 
 

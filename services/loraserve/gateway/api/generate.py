@@ -65,7 +65,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def choice_requests(gateway: Gateway, call: Call, answer_id: str) -> list[ChoiceRequest]:
-    """Return a request for each choice. Raises ApiError 400 if prompt and output exceed the context length."""
+    """Return a request for each choice. Raises ApiError 400 for empty prompts and unusable token limits."""
     request = call.request
     seed = secrets.randbelow(INT64) if request.seed is None else request.seed
     asked = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
@@ -199,7 +199,7 @@ class Answer:
         await self.response.write(data)
 
     def _envelope(self, object_: str, choices: Choices) -> dict[str, Any]:
-        """Return the fields common to answers and chunks. ``system_fingerprint`` is the adapter version."""
+        """Return the fields common to whole answers and events. ``system_fingerprint`` is the adapter version."""
         return {
             "id": self._id,
             "object": object_,
@@ -224,7 +224,7 @@ def encode_events(payloads: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def join(chunks: Sequence[OutputChunk]) -> OutputChunk:
-    """Merge all chunks of one finished choice."""
+    """Merge all chunks of one finished choice into one."""
     return OutputChunk(
         choice=chunks[0].choice,
         text="".join(chunk.text for chunk in chunks),

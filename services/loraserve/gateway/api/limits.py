@@ -1,4 +1,4 @@
-"""Size checks on texts, messages and outputs. Each runs before the expensive work that it limits. Pure."""
+"""Size checks on texts, messages and outputs. Each runs before the expensive work that it limits."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ def check_text(tokenizer: ModelTokenizer, characters: int, context: int, param: 
 def check_messages(tokenizer: ModelTokenizer, messages: Sequence[ChatMessage], context: int) -> int:
     """Return the number of characters in chat messages. Raises ApiError 400 if they cannot fit the context.
 
-    Each message and each content part takes at least one token.
+    Each message and each content part counts as at least one token.
     """
     if len(messages) >= context:
         raise context_exceeded(context, len(messages), 1, "messages")
@@ -34,9 +34,9 @@ def check_messages(tokenizer: ModelTokenizer, messages: Sequence[ChatMessage], c
 
 
 def check_free_json(messages: Sequence[ChatMessage], template_arguments: msgspec.Raw, limit: int) -> None:
-    """Raise ApiError 400 if one kind of free JSON exceeds ``limit`` bytes.
+    """Raise ApiError 400 if a field with arbitrary JSON exceeds ``limit`` bytes.
 
-    The kinds are ``tool_calls`` of all messages, ``function_call`` of all messages, and the template arguments.
+    The fields are ``tool_calls`` and ``function_call``, each in total over all messages, and the template arguments.
     """
     sizes = {
         "tool_calls": _total_bytes([message.tool_calls for message in messages]),
@@ -62,7 +62,7 @@ def check_choices(n: int | None, prompts: int) -> None:
 def output_limit(wanted: int | None, prompt_tokens: int, context: int, default: int, param: str) -> int:
     """Return the maximum number of output tokens.
 
-    ``wanted`` is the limit in the request. ``default`` applies if the request has none; 0 allows the whole remaining
+    ``wanted`` is the limit in the request. If it is None, ``default`` applies; a default of 0 allows the remaining
     context. Raises ApiError 400 for an empty prompt, and if prompt and output exceed ``context`` tokens.
     """
     if prompt_tokens == 0:

@@ -72,7 +72,7 @@ async def unload_adapter(http: web.Request) -> web.Response:
 
 
 async def register(gateway: Gateway, name: str, path: str, replace: bool) -> AdapterRef:
-    """Register an adapter with the store and refresh the registry. Raises ApiError, 400 for an invalid adapter."""
+    """Register an adapter with the store and update ``RegistryCopy``. Raises ApiError, 400 for an invalid adapter."""
     message = RegisterAdapter(name=name, path=path, replace=replace)
     try:
         done = await gateway.bus.request(STORE, message, AdapterRegistered, REGISTER_TIMEOUT_S)

@@ -80,7 +80,7 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
-    """POST /v1/chat/completions."""
+    """Body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage] | None = None
     logprobs: bool | None = None
@@ -93,7 +93,7 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
 
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
-    """POST /v1/completions."""
+    """Body of POST /v1/completions."""
 
     prompt: msgspec.Raw = NULL
     logprobs: int | None = None
@@ -101,7 +101,7 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """POST /tokenize, with either a prompt or messages."""
+    """Body of POST /tokenize, with either a prompt or messages."""
 
     model: str | None = None
     prompt: str | None = None
@@ -116,14 +116,14 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """POST /detokenize."""
+    """Body of POST /detokenize."""
 
     tokens: msgspec.Raw
     model: str | None = None
 
 
 class LoadAdapterRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """POST /v1/load_lora_adapter."""
+    """Body of POST /v1/load_lora_adapter."""
 
     lora_name: str | None = None
     lora_path: str | None = None
@@ -131,13 +131,13 @@ class LoadAdapterRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UnloadAdapterRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """POST /v1/unload_lora_adapter."""
+    """Body of POST /v1/unload_lora_adapter."""
 
     lora_name: str | None = None
 
 
 class RebalanceRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """POST /admin/rebalance."""
+    """Body of POST /admin/rebalance."""
 
     dry_run: bool | None = None
 
@@ -168,13 +168,13 @@ async def read_request(http: web.Request, type_: type[T]) -> tuple[T, int]:
 
 
 def decode_request(body: bytes, type_: type[T]) -> T:
-    """Decode a request body. Raises ApiError 400 that names the field with a wrong type."""
+    """Decode a request body. Raises ApiError 400 for invalid JSON, and for a wrong type with the field's name."""
     decoded: T = decode_field(body or b"{}", _COMPLETE.get(type_, type_), "")
     return decoded
 
 
 def decode_field(data: bytes | msgspec.Raw, type_: Any, field: str) -> Any:
-    """Decode one raw field. Raises ApiError 400 that names the path of the value with a wrong type."""
+    """Decode one raw field. Raises ApiError 400 for invalid JSON, and for a wrong type with the value's path."""
     try:
         return msgspec.json.decode(data, type=type_)
     except msgspec.ValidationError as error:
@@ -190,7 +190,7 @@ def decode_field(data: bytes | msgspec.Raw, type_: Any, field: str) -> Any:
 
 
 def decode_token_ids(data: msgspec.Raw, field: str) -> Iterator[list[int]]:
-    """Decode a list of token ids in slices of SLICE_BYTES. Raises ApiError 400 for any other value."""
+    """Yield lists of token ids, each from about SLICE_BYTES of JSON. Raises ApiError 400 if not a list of integers."""
     text = bytes(data)
     if text[:1] != b"[":
         raise _no_token_ids(field)
@@ -222,7 +222,7 @@ def _check_generation(request: GenerationRequest, refused: tuple[str, ...]) -> N
 
 
 def check_chat(request: ChatRequest) -> None:
-    """Raise ApiError 400 for a value out of range, a refused field, or missing messages."""
+    """Raise ApiError 400 for an invalid value, a refused field, missing messages, or top_logprobs without logprobs."""
     _check_generation(request, _REFUSED_CHAT)
     if not request.messages:
         raise bad_request("messages: at least one message is needed", "messages", "missing_required_parameter")
@@ -236,7 +236,7 @@ def check_chat(request: ChatRequest) -> None:
 
 
 def check_completion(request: CompletionRequest) -> None:
-    """Raise ApiError 400 for a value out of range or a refused field."""
+    """Raise ApiError 400 for an invalid value, a refused field, or ``echo`` with ``logprobs``."""
     _check_generation(request, _REFUSED_COMPLETION)
     _check_range("logprobs", request.logprobs, RANGES["logprobs"])
     if request.logprobs is not None and request.echo:
@@ -245,7 +245,7 @@ def check_completion(request: CompletionRequest) -> None:
 
 
 def check_tokenize(request: TokenizeRequest) -> None:
-    """Raise ApiError 400 for an unsupported field that would change the tokens, or without one prompt or messages."""
+    """Raise ApiError 400 for ``tools`` or ``chat_template``, and if both or neither of prompt and messages are set."""
     _refuse("tools", request.tools)
     _refuse("chat_template", request.chat_template)
     if (request.prompt is None) == (not request.messages):
@@ -283,8 +283,8 @@ def stop_token_ids(request: GenerationRequest) -> tuple[int, ...]:
 def prompt_items(prompt: msgspec.Raw, context_tokens: int) -> Sequence[str] | Sequence[list[int]]:
     """Return the prompts of a completion request. ``prompt`` is a text, a list of token ids, or a list of either.
 
-    Raises ApiError 400 for other types, for more than ``MAX_CHOICES`` prompts, and for a prompt that does not leave
-    space for one output token in the context. Prompts and ids are counted before they are decoded.
+    Raises ApiError 400 for other types, for more than ``MAX_CHOICES`` prompts, and for a list of ids that leaves no
+    space for one output token in the context. Prompts, and the ids of a single list, are counted before decoding.
     """
     data = bytes(prompt)
     inner = data[1:].lstrip()

@@ -39,7 +39,7 @@ async def detokenize(http: web.Request) -> web.Response:
 
 
 def detokenized(tokenizer: ModelTokenizer, given: msgspec.Raw) -> bytes:
-    """Return the JSON answer. Raises ApiError 400 for values that are not ids of the vocabulary. Blocks."""
+    """Return the JSON answer to /detokenize. Raises ApiError 400 for values that are not ids of the vocabulary."""
     tokens: list[int] = []
     for part in decode_token_ids(given, "tokens"):
         check_token_ids(part, tokenizer.vocab, "tokens")
@@ -48,7 +48,7 @@ def detokenized(tokenizer: ModelTokenizer, given: msgspec.Raw) -> bytes:
 
 
 def tokenized(tokenizer: ModelTokenizer, request: TokenizeRequest, context_tokens: int) -> bytes:
-    """Return the JSON answer to a checked request. Blocks."""
+    """Return the JSON answer to a checked /tokenize request. Call it through ``ModelTokenizer.run``."""
     if request.prompt is not None:
         tokens = tokenizer.encode(request.prompt, request.add_special_tokens is not False)
     else:

@@ -37,7 +37,7 @@ class OutputChunk(msgspec.Struct, frozen=True):
 
 
 class StopRules(msgspec.Struct, frozen=True, kw_only=True):
-    """Stop strings of a request. The first ``min_tokens`` tokens match none. ``include`` keeps them in the text."""
+    """Stop strings of a request, not matched in the first ``min_tokens`` tokens. ``include`` keeps them in the text."""
 
     strings: tuple[str, ...] = ()
     include: bool = False
@@ -52,7 +52,7 @@ class OutputAssembler:
         self.completion_tokens = 0
         self.finished = False
         self.needs_abort = False
-        """True if a stop string ended the output while the engine still runs the request."""
+        """True if a stop string ended the output before the engine's last token. The engine may have finished."""
         self._detokenizer = detokenizer
         self._rules = rules
         self._matcher = StopMatcher(rules.strings, rules.include)
@@ -98,7 +98,7 @@ class OutputAssembler:
         return "".join(parts), len(tokens)
 
     def _flush(self, used: int) -> str:
-        """Return the text that was held back. Call this when the output ends. The text may complete a stop string."""
+        """Return the held-back text when the output ends; it may complete a stop string. ``used``: new token count."""
         text = self._detokenizer.flush()
         if self.completion_tokens + used <= self._rules.min_tokens:
             return text
@@ -127,7 +127,7 @@ class StopMatcher:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """Return the text that cannot be part of a stop string. Empty after an earlier call set ``matched``."""
+        """Return the text that can be sent, up to the first stop string. Empty if an earlier call set ``matched``."""
         if not self._stops:
             return text
         if self.matched is not None:

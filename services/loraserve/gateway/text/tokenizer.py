@@ -70,7 +70,10 @@ class ModelTokenizer:
     def render_chat(
         self, conversation: list[dict[str, Any]], adds_prompt: bool, continues: bool, arguments: dict[str, Any]
     ) -> str:
-        """Return the prompt for a conversation. Passes ``arguments`` to the chat template. Raises its exceptions."""
+        """Return the prompt for a conversation. Raises the exceptions of the chat template, which gets ``arguments``.
+
+        ``adds_prompt``: end with the start of an answer. ``continues``: let the model extend the last message instead.
+        """
         text: str = self._hf.apply_chat_template(
             conversation,
             tokenize=False,
@@ -81,7 +84,7 @@ class ModelTokenizer:
         return text
 
     def fewest_tokens(self, characters: int) -> int:
-        """Return a lower bound of the token count of a text, used to refuse huge texts before tokenizing."""
+        """Return a lower bound on the tokens of a text with ``characters`` characters. Used to refuse huge texts."""
         # The factor 4 is for normalizers, which may merge up to four characters into one or drop some.
         return characters // (4 * self._longest_characters)
 

@@ -1,4 +1,4 @@
-"""Keeps, adds and drops copies on engines with limited pool memory."""
+"""``Allocation`` adds, keeps and drops copies of adapters while a plan is made, within the engines' pool memory."""
 
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush, heapreplace
@@ -25,11 +25,11 @@ EngineKey = tuple[float, ...]
 
 
 class Allocation:
-    """The copies of a plan under construction, with the memory and utilisation of each engine. Pins are placed first.
+    """The copies of a plan under construction, with the free memory and the load of each engine. Pins are placed first.
 
-    ``copies`` changes in place. By engine: ``room`` (free bytes for the plan), ``load`` (utilisation), and ``max_rank``
-    (of adapters with traffic). By adapter: ``work``, its utilisation of an engine at its own rank. ``by_work``: the
-    adapters in descending order of work.
+    ``copies`` changes in place. ``work``: by adapter, the utilisation that it causes on an engine with no higher rank.
+    ``by_work``: the adapters in descending order of work. By engine: ``room`` (free bytes), ``load`` (utilisation:
+    the sum of work * share of traffic), and ``max_rank`` (the largest rank with traffic).
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -66,7 +66,7 @@ class Allocation:
         return True
 
     def add_all(self, adapters: Ints, engines: Ints, shares: Floats) -> None:
-        """Add copies. The caller ensures that they are new and fit."""
+        """Add copies, given as parallel arrays. The caller ensures that they are new and fit."""
         problem, count = self.problem, len(self.room)
         work = problem.own_utilisation()[adapters]
         self.room = (np.array(self.room) - _sum_bytes(engines, problem.extents[adapters], count)).tolist()
@@ -81,9 +81,9 @@ class Allocation:
                 self._partial_shares[a, e] = share
 
     def keep(self, held: CopyMap, idle_only: bool = False) -> None:
-        """Keep held copies that fit. Adapters with the most work come first.
+        """Add the copies in ``held`` that fit, except those of pinned adapters. Adapters with most work come first.
 
-        With ``idle_only``, keep only copies of adapters that have no traffic and no copy yet.
+        With ``idle_only``, add only copies of adapters that have no traffic and no copy in this plan yet.
         """
         adapters, engines, counts = flatten(held)
         chosen = np.ones(len(adapters), bool)
@@ -103,9 +103,10 @@ class Allocation:
                     self.add(a, e, 1 / len(held[a]))
 
     def complete(self, held: CopyMap) -> None:
-        """Add copies up to ``min_copies`` of each adapter if they fit. All first copies precede all second copies.
+        """Add copies until each adapter has ``min_copies``, if they fit. A pinned adapter with a copy gets no more.
 
-        Adapters with the most work come first. Held copies are preferred to new ones.
+        Every adapter gets its first copy before any gets a second one. Adapters with the most work come first. Engines
+        in ``held``, which hold the adapter now, are preferred.
         """
         queues, pins = _EngineQueues(self), self.problem.pins
         for count in range(1, self.problem.settings.min_copies + 1):
@@ -116,9 +117,10 @@ class Allocation:
                     queues.place(a)
 
     def replicate(self, utilisation: float, held: CopyMap) -> None:
-        """Add second copies of hot adapters on engines whose largest rank does not rise, up to a limit of bytes.
+        """Add a second copy of each hot adapter, up to a byte limit. With padded cost, no engine's largest rank rises.
 
-        Held copies are preferred. They stay at a lower utilisation than new copies require.
+        An adapter is hot if its work exceeds a fraction of the planned ``utilisation``. Engines in ``held``, which hold
+        the adapter now, are preferred. For them, a smaller fraction suffices.
         """
         queues, padded = _EngineQueues(self), self.problem.padded
         one_each = sum(self.extents)
@@ -135,7 +137,7 @@ class Allocation:
                 left -= self.extents[a]
 
     def drop_surplus(self, utilisation: float) -> None:
-        """Drop copies that an adapter's traffic does not justify, first on the engine with the highest load."""
+        """For each unpinned adapter, drop copies that its work does not justify, from the most loaded engine first."""
         dropped = False
         for a in [a for a, held in enumerate(self.copies) if len(held) > 1]:
             if a in self.problem.pins:
@@ -153,7 +155,7 @@ class Allocation:
             self.max_rank = max_rank.tolist()
 
     def _drop(self, a: int, e: int) -> None:
-        """Drop one of several copies. The other copies take over its share in proportion to their own shares."""
+        """Drop one of an adapter's copies. The other copies take over its share in proportion to their own shares."""
         left = tuple(other for other in self.copies[a] if other != e)
         self.copies[a] = left if len(left) > 1 else self.problem.single[left[0]]
         self.room[e] += self.extents[a]
@@ -172,10 +174,10 @@ class Allocation:
 
 
 class _EngineQueues:
-    """Finds engines for copies that are in no bin.
+    """Adds missing copies and second copies, each on the first suitable engine.
 
-    Engines whose largest rank does not rise are tried before all engines. Among them, the engine with the least load
-    comes first if the adapter has traffic. Otherwise, or after ``TRIES`` failures, the most free bytes decide.
+    With padded cost, engines whose largest rank would not rise are tried before the others. If the adapter has traffic,
+    engines are tried by least load, and after ``TRIES`` failures by most free bytes. Otherwise only by most free bytes.
     """
 
     def __init__(self, allocation: Allocation) -> None:
@@ -183,7 +185,7 @@ class _EngineQueues:
         self._heaps: dict[tuple[int, bool], list[EngineKey]] = {}
 
     def place(self, a: int, keep_ranks: bool = False) -> bool:
-        """Add a copy, or return False if none fits. ``keep_ranks`` excludes engines whose largest rank would rise."""
+        """Add a copy, or return False if no engine is found. ``keep_ranks``: do not raise an engine's largest rank."""
         work, rank = self._allocation.work[a], self._allocation.ranks[a]
         padded = self._allocation.problem.padded
         ranks = ([rank] if keep_ranks else [rank, 0]) if padded else [0]
@@ -208,9 +210,9 @@ class _EngineQueues:
 def first_suitable(
     heap: list[EngineKey], key: Callable[[int], EngineKey], is_suitable: Callable[[int], bool]
 ) -> int | None:
-    """Return the suitable engine with the smallest key, or None after ``TRIES`` engines that are not suitable.
+    """Return the suitable engine with the smallest key, or None if none of the first ``TRIES`` engines is suitable.
 
-    ``heap`` contains each engine with an earlier key. It must not be greater than the current key.
+    ``heap`` contains one key of each engine. A key may be outdated, but must not exceed the current ``key(engine)``.
     """
     skipped: list[EngineKey] = []
     found = None
@@ -228,5 +230,5 @@ def first_suitable(
 
 
 def _sum_bytes(engines: Ints, values: Ints, count: int) -> Ints:
-    """Return the sum of bytes by engine. bincount adds in float64, which is exact up to 2**53."""
+    """Return the sum of ``values`` (bytes) by engine. bincount adds in float64, which is exact up to 2**53."""
     return np.bincount(engines, values, count).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Balances engines: moves whole adapters off the fullest engine, and splits an adapter's traffic among its copies."""
+"""Balances utilisation: moves adapters off the most utilised engine, and splits traffic among an adapter's copies."""
 
 from bisect import insort
 
@@ -20,7 +20,7 @@ SWEEPS = 2
 
 
 def balance_engines(problem: Problem, copies: CopyMap, shares: CopyShares) -> None:
-    """Move adapters off the fullest engine while a move lowers the maximum utilisation of the two engines involved.
+    """Move adapters off the most utilised engines while this lowers the higher utilisation of source and target.
 
     Changes ``copies`` in place. Moves only adapters with traffic, exactly one copy and no pin.
     """
@@ -31,7 +31,7 @@ def balance_engines(problem: Problem, copies: CopyMap, shares: CopyShares) -> No
 
 
 class _LocalSearch:
-    """Local search that lowers the highest utilisation of all engines. Each step moves one adapter."""
+    """Local search that lowers the highest utilisation of all engines. Each step moves at most one adapter."""
 
     def __init__(self, problem: Problem, copies: CopyMap, shares: CopyShares) -> None:
         self._problem, self._copies = problem, copies
@@ -47,7 +47,7 @@ class _LocalSearch:
         self._ranks_on: dict[int, list[int]] = {}
 
     def step(self) -> bool:
-        """Move one adapter off the fullest engine, or mark the engine as stuck. Return False if the search is over."""
+        """Move an adapter off the most utilised engine, or mark this engine as stuck. Return False when done."""
         utilisation = self._base + self._rank * self._slope
         full = int(np.argmax(np.where(self._stuck, -1.0, utilisation)))
         if self._stuck[full] or utilisation[full] <= utilisation.mean() * (1 + MIN_GAIN):
@@ -62,7 +62,7 @@ class _LocalSearch:
         return True
 
     def _best_move(self, full: int, utilisation: Floats) -> tuple[int, int] | None:
-        """Return the adapter and target engine whose move minimises the larger utilisation of the two engines."""
+        """Return the (adapter, target) that minimises the higher utilisation of ``full`` and target, or None."""
         problem, work, copies = self._problem, self._problem.work, self._copies
         movable = [a for a in self._adapters_on[full] if len(copies[a]) == 1 and a not in problem.pins]
         targets = np.array(self._targets(full, utilisation), np.int64)
@@ -83,13 +83,13 @@ class _LocalSearch:
         return int(a[i]), int(targets[target])
 
     def _targets(self, full: int, utilisation: Floats) -> list[int]:
-        """Return the least utilised engines, of all engines and of those with at least the rank of ``full``."""
+        """Return the least utilised engines, preferably also some whose largest rank is at least that of ``full``."""
         targets = _smallest(utilisation, TARGETS)
         targets += _smallest(np.where(self._rank >= self._rank[full], utilisation, np.inf), TARGETS)
         return [e for e in dict.fromkeys(targets) if e != full]
 
     def _second_rank(self, engine: int) -> float:
-        """Return the engine's largest rank after an adapter of the largest rank is removed."""
+        """Return the engine's largest rank after one adapter of the largest rank is removed."""
         ranks = self._sorted_ranks(engine)
         return float(ranks[-2]) if len(ranks) > 1 else 0.0
 
@@ -117,7 +117,7 @@ class _LocalSearch:
 
 
 def _smallest(values: Floats, count: int) -> list[int]:
-    """Return the indices of the smallest values in ascending order. Of equal values, the first ones come first."""
+    """Return the indices of the ``count`` smallest values, in ascending order of values and then of indices."""
     if len(values) > 8 * count:
         bound = np.partition(values, count)[count]
         candidates = np.flatnonzero(values <= bound)
@@ -126,9 +126,9 @@ def _smallest(values: Floats, count: int) -> list[int]:
 
 
 def split_traffic(problem: Problem, copies: CopyMap) -> CopyShares:
-    """Return the copies with shares of traffic that make the utilisation of their engines as even as possible.
+    """Return the copies with shares of traffic that make the utilisation of their engines about even.
 
-    Shares depend only on copies and demand, not on earlier shares, so that equal copies always get equal shares.
+    The shares depend only on copies and demand, not on earlier shares, so that equal inputs give equal shares.
     """
     adapters, engines, counts = flatten(copies)
     shares = np.ones(len(adapters))
@@ -163,7 +163,7 @@ class _EngineLevels:
         self._base, self._slope, self._rank = engines.base, engines.slope, engines.rank
 
     def add(self, adapter: int, held: np.ndarray, shares: Floats) -> None:
-        """Add the adapter's work to its engines in proportion to ``shares``. Negative shares remove work."""
+        """Add the adapter's work to the engines ``held`` in proportion to ``shares``. Negative shares remove work."""
         self._base[held] += self._work.base[adapter] * shares
         self._slope[held] += self._work.slope[adapter] * shares
         used = held[shares > MIN_SHARE / len(held)]
@@ -188,7 +188,10 @@ class _EngineLevels:
 
 
 def _fill_to_level(before: Floats, needed: Floats) -> tuple[Floats, float]:
-    """Return shares that sum to 1 and raise the lowest utilisations to one level, and this level (water filling)."""
+    """Return shares that raise the lowest utilisations to one level, and this level (water filling).
+
+    ``before``: utilisation of each engine without the adapter. ``needed``: what all of the adapter's traffic would add.
+    """
     order = np.argsort(before, kind="stable")
     heights, widths = before[order], 1 / needed[order]
     # If the k lowest are filled: sum((level - height) * width) = 1.

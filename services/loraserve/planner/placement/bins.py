@@ -1,12 +1,12 @@
-"""Divides the work among bins by rank, and assigns the bins to engines. A cut can split an adapter's traffic.
+"""Divides the work of all adapters into one bin for each engine, and assigns the bins to engines.
 
 With padded cost, every token costs as much as the largest rank in its batch, so similar ranks belong on one engine.
-Some optimal division gives each engine a contiguous interval of the adapters in order of rank. The reason is an
-exchange argument: a swap of work towards that order never raises either engine's largest rank. For a given
-utilisation, greedy filling from the highest rank down uses the fewest bins. Bisection finds the least utilisation for
-which the bins suffice. With exact cost, all adapters form one class, and the result is the mean utilisation.
+Sort the adapters by rank. Some optimal division gives each bin a contiguous interval, because two engines can always
+swap work towards this order without a higher largest rank. A boundary can split an adapter's traffic. Filling bins to a
+given utilisation from the highest rank down uses the fewest bins. Bisection finds the least utilisation for which the
+bins suffice. With exact cost (each token costs as much as its own rank), this least utilisation is the mean.
 
-The assignment of bins to engines loads few bytes, and the work of each bin fits into the engine's pool if possible.
+Bins go to engines that already hold many of their adapters' bytes and whose pools are large enough.
 """
 
 from bisect import bisect_left
@@ -26,9 +26,9 @@ NO_CLASS = -1
 
 
 class Bin(msgspec.Struct):
-    """The share of the work that one engine will get.
+    """The work that one engine will get.
 
-    ``rank`` is the largest rank in it; ``budgets`` gives the utilisation that each class of adapters may use.
+    ``rank``: the largest rank in the bin. ``budgets``: the utilisation for each class of adapters (see ``fill_bins``).
     """
 
     rank: float
@@ -36,10 +36,10 @@ class Bin(msgspec.Struct):
 
 
 class BinFilling(msgspec.Struct):
-    """Bins, and the classes of adapters that their budgets refer to.
+    """Bins, and the class of each adapter (``class_of``, see ``fill_bins``).
 
-    ``utilisation``: the target utilisation of a bin. ``class_of``: the class of each adapter. ``shares``: the ideal
-    placement, which splits adapters at bin boundaries and ignores memory and loads. Its engine i is bin i.
+    ``utilisation``: the target utilisation of a bin. ``shares``: the ideal placement, which splits adapters at bin
+    boundaries and ignores memory and the cost of loads. Engine i stands for bin i.
     """
 
     utilisation: float
@@ -49,7 +49,7 @@ class BinFilling(msgspec.Struct):
 
 
 def fill_bins(problem: Problem, bins: int) -> BinFilling:
-    """Divide the work among this number of bins. The other engines get empty bins.
+    """Divide the work among ``bins`` bins. If there are more engines, add empty bins for them.
 
     With padded cost, each rank is a class. Otherwise all adapters with traffic form one class.
     """
@@ -84,7 +84,7 @@ class _WorkLine:
         self.end = float(len(self.ranks))
 
     def work_before(self, cut: float, rank: float) -> float:
-        """Return the utilisation by all work before the cut, on an engine with this largest rank."""
+        """Return the utilisation that all work before the cut causes on an engine with largest rank ``rank``."""
         i = min(int(cut), len(self.ranks))
         low = self._base[i] + rank * self._slope[i]
         if cut == i:
@@ -92,7 +92,7 @@ class _WorkLine:
         return low + (cut - i) * (self._base[i + 1] + rank * self._slope[i + 1] - low)
 
     def cut(self, utilisation: float, bins: int) -> list[float]:
-        """Return the boundaries of bins with this utilisation. The last one equals ``end`` if the bins suffice."""
+        """Return the boundaries of up to ``bins`` bins with this utilisation. If all work fits, the last is ``end``."""
         cuts = [0.0]
         while len(cuts) <= bins and cuts[-1] < self.end:
             cuts.append(self._next_cut(cuts[-1], utilisation))
@@ -149,7 +149,7 @@ as long as the plan is in force."""
 
 
 class EngineChoice(msgspec.Struct):
-    """``engine_of``: the engine of each bin. ``short``: engines that are too small for all the bytes of their bin."""
+    """The engine of each bin. ``short``: engines that hold less of their bin's work than the largest pool would."""
 
     engine_of: list[int]
     short: frozenset[int]
@@ -171,7 +171,7 @@ def assign_bins(value_bytes: Floats) -> Ints:
     """Return the engine of each bin in the one-to-one assignment with the highest total value.
 
     ``value_bytes[bin, engine]`` is the value of this pair in bytes. The solution is exact (scipy's modified
-    Jonker-Volgenant algorithm). Among equal values, bin i prefers engine i.
+    Jonker-Volgenant algorithm). Of assignments with equal value, the one with the most bins i on engine i is chosen.
     """
     size = len(value_bytes)
     if size == 0 or not value_bytes.any():
@@ -183,10 +183,10 @@ def assign_bins(value_bytes: Floats) -> Ints:
 
 
 class BudgetTable(msgspec.Struct, frozen=True, eq=False):
-    """The budgets of a filling as arrays, with one column per class of adapters.
+    """The budgets of a ``BinFilling`` as arrays, with one column per class of adapters.
 
-    ``budgets[bin, column]``: utilisation of the bin by the class. ``parts[bin, column]``: the budget as a fraction of
-    the class's total. ``column_of``: by adapter, the column of its class, or -1 without traffic.
+    ``budgets[bin, column]``: the bin's utilisation for the class. ``parts[bin, column]``: that budget as a fraction of
+    the class's budgets in all bins. ``column_of``: by adapter, the column of its class, or -1 without traffic.
     """
 
     budgets: Floats
@@ -207,7 +207,7 @@ def tabulate_budgets(filling: BinFilling) -> BudgetTable:
 
 
 def kept_bytes(problem: Problem, table: BudgetTable, held: CopyMap) -> Floats:
-    """Return by bin and engine the bytes of the bin's classes that the engine holds, weighted by the bin's parts."""
+    """Return ``[bin, engine]``: bytes of the bin's classes that the engine holds, weighted by ``BudgetTable.parts``."""
     bins, classes = table.parts.shape
     if classes <= 1:  # All bins are alike.
         return np.zeros((bins, bins))
@@ -221,7 +221,7 @@ def kept_bytes(problem: Problem, table: BudgetTable, held: CopyMap) -> Floats:
 
 
 def overflow_bytes(problem: Problem, table: BudgetTable) -> Floats:
-    """Return by bin and engine how much more of the bin's work overflows there than on the engine with the most memory.
+    """Return ``[bin, engine]``: the bin's work, in bytes, that fits the largest pool but not the engine's pool.
 
     Work is converted to bytes at the mean bytes per unit of work. An engine is assumed to hold the adapters with the
     most work per byte. A small pool therefore suits a bin with a few hot adapters and many cold ones.
@@ -244,7 +244,7 @@ def overflow_bytes(problem: Problem, table: BudgetTable) -> Floats:
 
 
 def _work_within(problem: Problem, chosen: npt.NDArray[np.bool_], byte_parts: Floats) -> Floats:
-    """Return the fraction of the chosen adapters' work in ``byte_parts`` of their bytes, most work per byte first."""
+    """Return the largest fraction of the chosen adapters' work that fits, for each fraction of their bytes."""
     work, extents = problem.own_utilisation()[chosen], problem.extents[chosen]
     order = np.argsort(-work / extents, kind="stable")
     bytes_taken, work_taken = (np.concatenate([[0.0], np.cumsum(values[order])]) for values in (extents, work))

@@ -1,6 +1,6 @@
 """Lists the moves between two plans, with the reason and the gain of each move.
 
-Gains and reasons use the cost model that also makes the plans.
+Gains and reasons are computed with the cost model that is used to make plans.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ NONE = -1
 
 
 def diff(current: Sequence[Placement], target: Sequence[Placement]) -> list[Move]:
-    """Return the copies that are added, removed or moved, without bytes, reasons and gains.
+    """Return the added, removed and moved copies. Bytes, reasons and gains of the moves are not set.
 
     An added and a removed copy of the same adapter form one move.
     """
@@ -38,8 +38,8 @@ def diff(current: Sequence[Placement], target: Sequence[Placement]) -> list[Move
 def explain_moves(inputs: PlanInput, target: Sequence[Placement]) -> tuple[Move, ...]:
     """Return the moves from ``inputs.current`` to ``target`` with the bytes they load, their reasons and gains.
 
-    The gain of a move is the mean predicted TTFT of the target plan without this move, minus that of the target plan.
-    A move that only removes a copy frees memory, and its gain may be slightly negative.
+    The gain of a move is the time in seconds by which the mean predicted TTFT would rise if only this move were undone.
+    The gain may be slightly negative for a move that only removes a copy, because its purpose is to free memory.
     """
     moves = diff(inputs.current, target)
     if not moves:
@@ -108,7 +108,7 @@ class _Gains:
         return [float(gain) for gain in saved / total]
 
     def _undo(self, adapter: int, engines: Mapping[str, int], move: Move) -> tuple[int, int, int, float]:
-        """Return the adapter, giving engine, receiving engine and share of traffic for undoing the move."""
+        """Return how to undo the move: adapter, engine that gives traffic, engine that takes it, and traffic share."""
         source, target = engines.get(move.source, NONE), engines.get(move.target, NONE)
         if adapter == NONE:
             return adapter, NONE, NONE, 0.0
@@ -119,7 +119,7 @@ class _Gains:
         return adapter, target, source if source != NONE else largest, self._after.get((adapter, target), 0.0)
 
     def _added_waiting(self, a: Ints, giver: Ints, taker: Ints, shares: Floats) -> Floats:
-        """Return the increase of requests/s times TTFT over both engines if the taker gets the giver's shares."""
+        """Return the added requests/s * TTFT, summed over both engines, if ``giver`` gives ``shares`` to ``taker``."""
         ranks = self._problem.ranks[a].astype(np.float64)
         rank = self._work.rank
         # The giver may lose its largest rank if it gives away its whole share of the adapter.
@@ -131,7 +131,7 @@ class _Gains:
         return undone - self._waiting(giver, a, none, rank[giver]) - self._waiting(taker, a, none, rank[taker])
 
     def _waiting(self, engine: Ints, a: Ints, shares: Floats, rank: Floats) -> Floats:
-        """Return the engines' requests/s times predicted TTFT after ``shares`` of the adapters' traffic are added."""
+        """Return requests/s * predicted TTFT of each engine after ``shares`` of an adapter's traffic are added."""
         current, work = self._work, self._problem.work
         changed = EngineWork(
             base=current.base[engine] + shares * work.base[a],
@@ -196,7 +196,7 @@ def _share_by_copy(copies: CopyShares) -> dict[tuple[int, int], float]:
 
 
 def _second_ranks(problem: Problem, copies: CopyShares) -> Floats:
-    """Return each engine's largest rank after an adapter of the largest rank is removed."""
+    """Return each engine's largest rank with traffic after one adapter of the largest rank is removed."""
     used = problem.work.requests_per_s[copies.adapters] > 0
     ranks, engines = problem.ranks[copies.adapters[used]], copies.engines[used]
     order = np.lexsort((-ranks, engines))

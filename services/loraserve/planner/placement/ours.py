@@ -1,10 +1,10 @@
 """The default placement policy separates ranks, balances engines, and moves copies only if the gain exceeds the cost.
 
-The policy compares the current copies, with missing copies added, to new plans. A new plan fills one bin per engine
-and assigns the bins to engines (bins.py). It then packs whole adapters into the bins (packing.py), and reuses held
-copies (copies on engines now) where possible. A new plan wins if it lowers the predicted TTFT by more than the
-hysteresis, and if requests save more time than its loads cost them. The comparison repeats from the chosen plan until
-no copy changes, so that the result is stable when planning runs again.
+The policy compares new plans with the held copies (copies of the current plan) plus missing copies. A new plan
+divides the work into one bin per engine and assigns the bins to engines (bins.py). It then packs adapters into the
+bins (packing.py), and reuses held copies where possible. A plan with additional loads wins if it lowers the predicted
+TTFT by more than ``HYSTERESIS``, and if requests save more time than the loads cost them. The comparison repeats from
+the chosen plan until no copy changes, at most ``MAX_ROUNDS`` times. Planning again then usually gives an equal plan.
 """
 
 import msgspec
@@ -37,12 +37,12 @@ MIN_GAIN = 0.001
 FEW_ADAPTERS = 64
 """Most adapters with traffic for which plans with fewer bins are tried. More adapters fill bins more exactly."""
 SPARE_BINS = 2
-"""Most bins to leave out in such plans."""
+"""Maximum number of bins to leave out in plans with fewer bins."""
 MAX_ROUNDS = 6
 
 
 def plan(inputs: PlanInput) -> tuple[Placement, ...]:
-    """Return the copies that should exist. The router may deviate from their shares of traffic."""
+    """Return the copies that should exist, with shares of traffic. The router may deviate from these shares."""
     problem = build_problem(inputs)
     if not problem.engines:
         return ()
@@ -58,10 +58,10 @@ def plan(inputs: PlanInput) -> tuple[Placement, ...]:
 
 
 class _Candidate(msgspec.Struct):
-    """Copies with their shares of traffic and the predictions for them.
+    """A possible plan: copies, their shares of traffic, and predictions.
 
-    ``loading_s``: total delay of all requests by loads of copies that are not held. ``placed``: fraction of requests
-    whose adapter has a copy.
+    ``loading_s``: total delay of all requests, in seconds, while engines load copies that are not held now. ``placed``:
+    fraction of requests whose adapter has a copy.
     """
 
     copies: CopyMap
@@ -72,10 +72,10 @@ class _Candidate(msgspec.Struct):
 
 
 def _choose_plan(problem: Problem, filling: BinFilling, ideal_s: float, held: CopyMap) -> _Candidate:
-    """Return the best of three candidates: the completed held copies, these copies after balancing, and a new plan.
+    """Return the best of: held plus missing copies, held plus missing copies after balancing, and new plans.
 
-    The completed held copies are the only candidate if they are within the hysteresis of ``ideal_s``. This is the TTFT
-    of a plan without limits on memory and loads.
+    Only new plans are compared if no copy is held. Held copies do not move without demand, or if their TTFT is near
+    ``ideal_s`` (the TTFT of a plan without limits on memory and loads) and nearly all requests have a copy.
     """
     if not any(held):
         best = _evaluate(problem, held, _make_new_plan(problem, filling, held))
@@ -95,7 +95,7 @@ def _choose_plan(problem: Problem, filling: BinFilling, ideal_s: float, held: Co
 
 
 def _try_fewer_bins(problem: Problem, best: _Candidate, held: CopyMap) -> _Candidate:
-    """Return the best of ``best`` and new plans with up to ``SPARE_BINS`` fewer bins than engines.
+    """Return ``best``, or a better plan with up to ``SPARE_BINS`` fewer bins than engines (tried for few adapters).
 
     Whole adapters rarely fit bins exactly. An adapter of a high rank that overflows into the next bin slows down all
     adapters there, so an additional bin can make a plan worse. Balancing then uses the engines without a bin.
@@ -121,7 +121,7 @@ def _evaluate(problem: Problem, held: CopyMap, copies: CopyMap) -> _Candidate:
 
 
 def _complete_held(problem: Problem, filling: BinFilling, held: CopyMap) -> CopyMap:
-    """Return the held copies without surplus copies, and with missing copies added."""
+    """Return the held copies without surplus copies, with missing copies and second copies of hot adapters added."""
     allocation = Allocation(problem)
     allocation.keep(held)
     allocation.drop_surplus(filling.utilisation)
@@ -131,7 +131,7 @@ def _complete_held(problem: Problem, filling: BinFilling, held: CopyMap) -> Copy
 
 
 def _make_new_plan(problem: Problem, filling: BinFilling, held: CopyMap) -> CopyMap:
-    """Return a new plan for these bins. It ignores the cost of loads, but reuses held copies where possible."""
+    """Return a new plan for these bins. The cost of loads is ignored, but held copies are reused where possible."""
     allocation = Allocation(problem)
     pack_bins(allocation, filling, choose_engines(problem, filling, held), held)
     allocation.keep(held, idle_only=True)
@@ -143,7 +143,7 @@ def _make_new_plan(problem: Problem, filling: BinFilling, held: CopyMap) -> Copy
 
 
 def _fill_gaps(problem: Problem, balanced: CopyMap, held: CopyMap) -> CopyMap:
-    """Return the copies, and add copies that did not fit before balancing freed memory."""
+    """Return the balanced copies and missing copies that fit only after balancing has freed memory."""
     if all(len(on) >= problem.settings.min_copies for on in balanced):
         return balanced
     allocation = Allocation(problem)
@@ -153,7 +153,7 @@ def _fill_gaps(problem: Problem, balanced: CopyMap, held: CopyMap) -> CopyMap:
 
 
 def _is_better(problem: Problem, other: _Candidate, best: _Candidate) -> bool:
-    """Return whether ``other`` saves requests more time until the next plan than its additional loads cost."""
+    """Return whether ``other`` has copies for more requests, or a sufficient gain that outweighs its further loads."""
     if abs(other.placed - best.placed) > PLACED_MARGIN:
         return other.placed > best.placed
     further_s = other.loading_s - best.loading_s
@@ -165,7 +165,7 @@ def _is_better(problem: Problem, other: _Candidate, best: _Candidate) -> bool:
 
 
 def _loading_s(problem: Problem, held: CopyMap, shares: CopyShares) -> float:
-    """Return the total delay in seconds, over all requests, by loads of copies that are not held."""
+    """Return the total delay of all requests, in seconds, while engines load the copies that are not in ``held``."""
     adapters, engines, _ = flatten(held)
     count = len(problem.engines)
     new = ~np.isin(shares.adapters * count + shares.engines, adapters * count + engines)

@@ -1,6 +1,6 @@
-"""Packs whole adapters into bins. Each engine gets adapters of a class up to its budget and its pool memory.
+"""Packs adapters into bins, and splits only heavy ones. The budgets of bins and the pools' memory limit each engine.
 
-A short engine has a pool that is too small for all the adapters of its bin.
+A short engine holds less of its bin's work than the engine with the largest pool would (``EngineChoice.short``).
 """
 
 from heapq import heapify, heappop, heappush, heapreplace
@@ -31,7 +31,7 @@ packed by work, so that held copies of cold adapters do not displace hot ones.""
 
 
 def pack_bins(allocation: Allocation, filling: BinFilling, choice: EngineChoice, held: CopyMap) -> None:
-    """Add the adapters with traffic. Held copies stay if budgets permit. The heaviest others are placed first."""
+    """Add copies of unpinned adapters with traffic, heavy ones first. Held copies stay if budgets permit."""
     packer = _Packer(allocation, filling, choice, held)
     pins = allocation.problem.pins
     adapters = [a for a in allocation.by_work if filling.class_of[a] != NO_CLASS and a not in pins]
@@ -86,14 +86,14 @@ class _Budgets:
         return self.left[self.class_of[a]]
 
     def work(self, a: int, e: int) -> float:
-        """Return the adapter's utilisation of the engine if the largest rank is that of the engine's bin."""
+        """Return the utilisation that the adapter causes on the engine at the largest rank of the engine's bin."""
         return self._base[a] + self.rank[e] * self._slope[a]
 
     def spend(self, a: int, e: int, part: float) -> None:
         self.left_for(a)[e] -= part * self.work(a, e)
 
     def spend_pinned(self, a: int, engines: tuple[int, ...]) -> None:
-        """Charge a pinned adapter to its class's budget on each engine, or else to the engine's largest budget."""
+        """Charge each engine with an equal part of a pinned adapter: its class's budget there, or else the largest."""
         if self.class_of[a] == NO_CLASS:
             return
         for e in engines:
@@ -104,7 +104,7 @@ class _Budgets:
                 left[e] -= self.work(a, e) / len(engines)
 
     def as_table(self) -> tuple[Ints, Floats]:
-        """Return each adapter's class row, and the remaining budgets ``[row, engine]``, with -inf for no budget."""
+        """Return the row of each adapter's class, and the remaining budgets ``[row, engine]`` (-inf: no budget)."""
         rows = {adapter_class: i for i, adapter_class in enumerate(self.left)}
         left = np.full((len(rows), len(self.rank)), -np.inf)
         for adapter_class, of in self.left.items():
@@ -121,7 +121,7 @@ class _Budgets:
     def largest(self, a: int, short: bool = False) -> int | None:
         """Return the engine with the largest remaining budget for the adapter's class among engines with enough memory.
 
-        With ``short``, search only short engines. Return None after ``TRIES`` engines without enough memory.
+        ``short``: search only ``EngineChoice.short``. Return None if the first ``TRIES`` engines lack memory.
         """
         heap, left = (self._short if short else self._heaps)[self.class_of[a]], self.left_for(a)
         return first_suitable(heap, lambda e: (-left[e], e), lambda e: self._has_room(a, e))
@@ -141,16 +141,16 @@ class _Packer:
         return self._allocation.work[a] >= self._split_from
 
     def fill_short_engines(self, adapters: list[int]) -> list[int]:
-        """Place the adapters with the most work per byte on short engines. Return the adapters that remain.
+        """Place adapters on short engines (``EngineChoice.short``), most work per byte first. Return the others.
 
-        Otherwise cold adapters could fill the memory of these engines and leave them idle.
+        Without this step, cold adapters could fill the memory of short engines and leave the engines idle.
         """
         work, extents = self._allocation.work, self._allocation.extents
         given = {a for a in sorted(adapters, key=lambda a: -work[a] / extents[a]) if self._place_on_short(a)}
         return [a for a in adapters if a not in given]
 
     def _place_on_short(self, a: int) -> bool:
-        """Place the adapter on a short engine, preferably a holder. Return False if none has memory and budget."""
+        """Put the adapter on a short engine (``EngineChoice.short``), preferably a holder; False if none suits."""
         budgets, left = self._budgets, self._budgets.left_for(a)
         holders = [e for e in self._held[a] if e in self._short and e in left and self._allocation.has_room(a, e)]
         largest = budgets.largest(a, short=True)
@@ -161,7 +161,7 @@ class _Packer:
         return False
 
     def keep(self, a: int) -> bool:
-        """Keep one held copy, or split the adapter among several. Return False if their budgets do not suffice."""
+        """Keep one held copy, or split traffic among held copies. Return False if memory or budgets do not suffice."""
         budgets, left = self._budgets, self._budgets.left_for(a)
         holders = [e for e in self._held[a] if e in left and self._allocation.has_room(a, e)]
         if not holders:
@@ -177,7 +177,7 @@ class _Packer:
         return True
 
     def place(self, a: int) -> None:
-        """Place the adapter on the engine with the largest budget, or split a heavy one if this is too small."""
+        """Place the adapter on the engine with the largest budget. If the budget is too small, split heavy adapters."""
         budgets, left = self._budgets, self._budgets.left_for(a)
         largest = budgets.largest(a)
         if largest is None:
@@ -206,9 +206,10 @@ class _Packer:
             self._budgets.spend(a, e, part)
 
     def keep_light(self, light: list[int]) -> list[int]:
-        """Keep the held copies of adapters with at most one copy. Return the adapters without a kept copy.
+        """Keep held copies of adapters with at most one held copy. Return the adapters without a kept copy.
 
-        On each engine and for each class, the adapters with the most work stay until the budget is used up.
+        On each engine and for each class, the adapters with the most work stay until the budget is used up. An engine
+        without memory for all these held copies keeps none.
         """
         problem, held = self._allocation.problem, self._held
         a = np.array([a for a in light if held[a]], np.int64)

@@ -1,14 +1,15 @@
 """The placement policy ``loraserve``, which follows the LoRAServe paper.
 
 Jaiswal et al., "Serving Heterogeneous LoRA Adapters in Distributed LLM Inference Systems", arXiv:2511.22880.
-The policy computes an operating point and the demand in tokens/s of each rank, and from these a fractional number of
-servers. It packs adapters of one rank together, and splits them over servers with shares. The remainder goes to servers
-that already hold a high rank. A permutation of the servers minimises moves. The router samples engines by the shares.
+An operating point is the tokens/s that an engine with adapters of one rank serves under the SLO. The demand of a rank
+divided by its operating point is a fractional number of servers. Adapters of one rank are packed together, and can be
+split over servers. Fractions go to servers with at least their rank, or else to new servers. Servers are assigned to
+engines so that few bytes move. The router samples engines in proportion to the shares.
 
 The sources here are the paper's abstract and a summary. The following choices are our own. Budgets are scaled to use
-all servers. A rank fills the integer part of its budget with servers of its own, in order of versions. The remainder
-counts at the operating point of its own rank, so that budgets fill the servers exactly. Memory, pins, the minimum
-number of copies and adapters without traffic are handled as in the default policy.
+all servers. A rank fills the integer part of its budget with servers of its own. A fractional remainder keeps its own
+rank's operating point, even on a server of higher rank, so that budgets fill the servers exactly. Memory, pins, the
+minimum number of copies and adapters without traffic are handled as in the default policy.
 """
 
 from collections.abc import Iterable, Mapping
@@ -40,7 +41,7 @@ MIN_TOKEN_S = 1e-12
 
 
 def plan(inputs: PlanInput) -> tuple[Placement, ...]:
-    """Return the copies that should exist. The router samples an engine for each request by their shares."""
+    """Return the copies that should exist. The router samples an engine in proportion to their shares."""
     problem = build_problem(inputs)
     if not problem.engines:
         return ()
@@ -50,7 +51,7 @@ def plan(inputs: PlanInput) -> tuple[Placement, ...]:
 
 
 def operating_points(problem: Problem, ranks: Iterable[int]) -> dict[int, float]:
-    """Return by rank the tokens/s at which the predicted P95 TTFT of an engine with only this rank meets the SLO.
+    """Return by rank the largest tokens/s at which an engine with only this rank meets the SLO (predicted P95 TTFT).
 
     Tokens include prefill and decode in the expected mix. Slab reads are ignored, because the number of adapters in a
     step depends on the placement.
@@ -85,7 +86,7 @@ def _token_costs_s(problem: Problem, rank: int) -> tuple[float, float]:
 
 
 class _Server(msgspec.Struct):
-    """The work for one engine, before it is assigned. ``parts``: the fraction of each adapter's traffic."""
+    """A server to which no engine is assigned yet. ``parts``: by adapter, the fraction of its traffic there."""
 
     rank: int = 0
     used: float = 0.0
@@ -93,7 +94,7 @@ class _Server(msgspec.Struct):
 
 
 class _Piece(msgspec.Struct):
-    """A fraction of an adapter's traffic (``part``) to be packed. It needs ``servers`` servers of its own rank."""
+    """A fraction of an adapter's traffic (``part``) to be packed. ``servers``: the (fractional) servers it needs."""
 
     adapter: int
     rank: int
@@ -106,10 +107,10 @@ Realisation = tuple[CopyMap, dict[tuple[int, int], float]]
 
 
 def _find_fixed_points(problem: Problem, servers: list[_Server]) -> list[Realisation]:
-    """Repeat ``_realise`` from its own result until copies recur, and return the results in this cycle.
+    """Call ``_realise`` with the copies of its last result until copies repeat. Return the results of the cycle.
 
-    Usually the cycle has one result, sometimes a few that alternate. It exists because the number of possible results
-    is finite. In practice it is reached within ten repetitions.
+    The cycle usually has one result, sometimes a few that alternate. There is a cycle because the number of possible
+    results is finite. In practice it is reached within ten calls.
     """
     starts, found = [problem.current], [_realise(problem, servers, problem.current)]
     while found[-1][0] not in starts:
@@ -121,7 +122,7 @@ def _find_fixed_points(problem: Problem, servers: list[_Server]) -> list[Realisa
 def _changed_bytes(problem: Problem, copies: CopyMap) -> tuple[int, CopyMap]:
     """Return a sort key: the bytes of added and removed copies, then the copies to break ties.
 
-    The bytes are 0 for the current copies, which therefore stay if possible.
+    The bytes are 0 if ``copies`` equals the current copies. A candidate without changes is thus preferred.
     """
     pairs = enumerate(zip(problem.current, copies, strict=True))
     return sum(int(problem.extents[a]) * len(set(held) ^ set(new)) for a, (held, new) in pairs), copies
@@ -143,7 +144,7 @@ def _pack_servers(problem: Problem) -> list[_Server]:
 
 
 def _server_budgets(problem: Problem) -> dict[int, list[tuple[int, float]]]:
-    """Return by rank its adapters with traffic, each with a fractional number of servers."""
+    """Return by rank the adapters with traffic, each with the (fractional) number of servers that it needs."""
     tokens, ranks = problem.work.tokens_per_s, problem.ranks.tolist()
     used = np.flatnonzero(tokens > 0).tolist()
     points = operating_points(problem, {ranks[a] for a in used})
@@ -165,7 +166,7 @@ def _fill_server(server: _Server, pieces: list[_Piece]) -> list[_Piece]:
 
 
 def _put_as_fits(server: _Server, piece: _Piece) -> _Piece | None:
-    """Put as much of the piece on the server as fits. Return the rest, or None if the whole piece fits."""
+    """Put as much of the piece on the server as fits. Return the piece that is left, or None if all fits."""
     fits = min(1.0, max(0.0, 1.0 - server.used) / piece.servers)
     if fits * piece.servers <= EPSILON:
         return piece
@@ -183,7 +184,7 @@ def _put(server: _Server, piece: _Piece, fits: float) -> None:
 
 
 def _pack_remainder(servers: list[_Server], piece: _Piece, max_servers: int) -> None:
-    """Put the piece on servers with at least its rank, highest rank first. Put the rest on new servers."""
+    """Put the piece on servers whose rank is at least its rank, highest first. New servers get what does not fit."""
     left: _Piece | None = piece
     for server in sorted(servers, key=lambda s: -s.rank):
         if left is not None and server.rank >= piece.rank:
@@ -196,7 +197,7 @@ def _pack_remainder(servers: list[_Server], piece: _Piece, max_servers: int) -> 
 
 
 def _realise(problem: Problem, servers: list[_Server], held: CopyMap) -> Realisation:
-    """Assign the servers to engines and return the copies that fit into memory."""
+    """Assign servers to engines. Return the copies that fit into memory, and the fraction packed for each copy."""
     engine_of = assign_bins(_kept_bytes(problem, servers, held)).tolist()
     parts = {(a, engine_of[i]): part for i, server in enumerate(servers) for a, part in server.parts.items()}
     allocation = Allocation(problem)
@@ -221,7 +222,7 @@ def _kept_bytes(problem: Problem, servers: list[_Server], held: CopyMap) -> Floa
 
 
 def _copy_shares(copies: CopyMap, parts: Mapping[tuple[int, int], float]) -> CopyShares:
-    """Return the copies with their parts as shares. Copies without a part get the minimum share."""
+    """Return the copies with shares in proportion to ``parts`` (packed fractions), but at least a minimum share."""
     adapters: list[int] = []
     engines: list[int] = []
     shares: list[float] = []

@@ -1,8 +1,8 @@
 """The input of a placement policy, and its conversion to arrays.
 
 Utilisation in this package is a fraction of one engine's time. Adapters are numbered in order of (name, version), and
-engines in order of name, so that a plan does not depend on the order of the input. Variables ``a`` and ``e`` hold such
-numbers of adapters and engines.
+engines in order of name, so that a plan does not depend on the order of the input. Variables ``a`` are numbers of
+adapters, and variables ``e`` are numbers of engines.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -76,8 +76,8 @@ class AdapterWork(msgspec.Struct, frozen=True, eq=False):
     """The utilisation that each adapter's traffic causes, by adapter.
 
     The utilisation is ``base`` + r * ``slope``, where r is the largest rank on the engine. ``prefill_base`` and
-    ``prefill_slope`` are the contributions of prefill to these. ``slab_read`` is the time in seconds to read the slab
-    once. A step reads the slab once for all its sequences, so the time of reads grows more slowly than traffic.
+    ``prefill_slope`` are the parts of ``base`` and ``slope`` that prefill causes. ``slab_read`` is the time in seconds
+    to read the slab once (0 with padded cost). A step reads a slab once for all sequences that use it.
     """
 
     base: Floats
@@ -93,8 +93,8 @@ class AdapterWork(msgspec.Struct, frozen=True, eq=False):
 class Problem(msgspec.Struct, frozen=True, eq=False):
     """A PlanInput as arrays. ``refs``: the adapters in the order of their numbers.
 
-    ``room_bytes``: by engine, the pool bytes that the plan may pin. ``single``: by engine, the tuple ``(engine,)``, one
-    object for all adapters with their only copy there. ``pins``: by adapter, the ready engines that it is pinned to.
+    ``room_bytes``: by engine, the pool bytes that the plan may pin. ``single``: by engine, the tuple ``(engine,)``,
+    shared by all adapters whose only copy is there. ``pins``: by adapter, the available engines that it is pinned to.
     ``no_demand``: no request was measured or forecast, so ``work`` assumes ``IDLE_RPS``. ``batch``: sequences that an
     engine can decode at once. ``steps_per_s``: decode steps/s of an engine at half of that batch.
     """
@@ -127,7 +127,7 @@ class Problem(msgspec.Struct, frozen=True, eq=False):
         return {engine: i for i, engine in enumerate(self.engines)}
 
     def own_utilisation(self) -> Floats:
-        """Return each adapter's utilisation of an engine whose largest rank is its own."""
+        """Return the utilisation that each adapter causes on an engine with no higher rank."""
         return self.work.base + self.ranks * self.work.slope
 
 
@@ -165,7 +165,7 @@ def build_problem(inputs: PlanInput) -> Problem:
 
 
 def to_placements(problem: Problem, copies: CopyShares) -> tuple[Placement, ...]:
-    """Convert the copies to messages, in order of (name, version, engine)."""
+    """Convert the copies to messages, without changing their order."""
     refs, names = problem.refs, problem.engines
     return tuple(
         Placement(version=refs[a].version, name=refs[a].name, engine=names[e], share=share)
@@ -181,7 +181,7 @@ def flatten(copies: CopyMap) -> tuple[Ints, Ints, Ints]:
 
 
 def reads_per_s(decode_tokens_per_s: Floats, steps_per_s: float) -> Floats:
-    """Return how many decode steps/s contain a sequence of each adapter, if arrivals are a Poisson process."""
+    """Return by adapter the decode steps/s that include a sequence of the adapter, for Poisson arrivals."""
     return steps_per_s * -np.expm1(-decode_tokens_per_s / steps_per_s)
 
 
@@ -200,7 +200,7 @@ class _ExpectedRates(msgspec.Struct, eq=False):
 
 
 def _expect_rates(demand: Sequence[AdapterDemand], index: Mapping[str, int], engines: int) -> _ExpectedRates:
-    """Return the forecast plus a margin for its errors. Its split into prefill, decode and requests is as measured."""
+    """Return the forecast rates plus a margin for errors, split into prefill, decode and requests as measured."""
     known = {index[d.version]: d for d in demand if d.version in index}
     count = len(known)
     adapters, entries = np.fromiter(known, np.int64, count), known.values()
@@ -236,7 +236,7 @@ def _requested_decode(decode: Floats, requests: Floats) -> Floats:
     """Return the estimated decode tokens/s that requests need, scaled to the sum of the measured ``decode``.
 
     An overloaded engine decodes fewer tokens than its requests need. A plan based on measured tokens would give it even
-    more traffic. The estimate of each adapter is therefore at least its requests/s times the mean output length.
+    more traffic. Before scaling, an estimate is therefore at least the adapter's requests/s * mean output length.
     """
     total = fsum(decode)
     if total <= 0 or not requests.any():
@@ -264,7 +264,7 @@ def _margin(std: Floats, engines: int) -> Floats:
 
 
 def _decode_batch(engines: Sequence[EngineCapabilities], rates: _ExpectedRates) -> float:
-    """Return how many sequences of mean context length the KV memory of the median engine allows in a batch."""
+    """Return how many sequences of mean context length the median engine can run (``max_running``, KV memory)."""
     if not engines:
         return 1.0
     requests = rates.requests.sum()
@@ -278,7 +278,7 @@ def _adapter_work(
 ) -> AdapterWork:
     """Return the utilisation that the expected traffic causes.
 
-    The fixed cost of a step is divided by a full batch, because batches are full when engine time becomes scarce.
+    The fixed cost of a step is divided by the size of a full batch, because batches are full when engines are busy.
     """
     requests = np.maximum(rates.requests, 1e-12)
     prompt, output = rates.prefill / requests, rates.decode / requests
@@ -322,7 +322,7 @@ def _current_copies(
 def _live_pins(
     refs: Sequence[AdapterRef], engines: Mapping[str, int], pins: Mapping[str, tuple[str, ...]]
 ) -> dict[int, tuple[int, ...]]:
-    """Return the pins to available engines. An adapter without such an engine is placed as if it were not pinned."""
+    """Return the pins to available engines. An adapter whose pinned engines are all unavailable counts as unpinned."""
     if not pins:
         return {}
     live = {

@@ -17,7 +17,7 @@ LINEAR_FROM = 0.98
 
 
 class EngineWork(msgspec.Struct, frozen=True, eq=False):
-    """Sums of AdapterWork over the copies on each engine. ``rank``: the largest rank with traffic. All by engine."""
+    """Sums of ``AdapterWork`` over the copies on each engine. ``rank``: by engine, the largest rank with traffic."""
 
     base: Floats
     slope: Floats
@@ -30,7 +30,7 @@ class EngineWork(msgspec.Struct, frozen=True, eq=False):
         return self.base + self.rank * self.slope
 
     def prefill_s(self) -> Floats:
-        """Return by engine the mean prefill time of a request that runs alone."""
+        """Return by engine the mean prefill time, in seconds, of a request that runs alone."""
         work = self.prefill_base + self.rank * self.prefill_slope
         return np.divide(work, self.requests_per_s, out=np.zeros_like(work), where=self.requests_per_s > 0)
 

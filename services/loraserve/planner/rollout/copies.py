@@ -44,7 +44,7 @@ def normalise_shares(placements: Iterable[Placement]) -> tuple[Placement, ...]:
 
 
 def shares_differ(before: Iterable[Placement], after: Iterable[Placement]) -> bool:
-    """Return whether any copy in both has shares that differ by more than ``SHARE_TOLERANCE``."""
+    """Return whether a copy that both plans contain has shares that differ by more than ``SHARE_TOLERANCE``."""
     shares = {copy_id(p): p.share for p in before}
     return any(abs(shares.get(copy_id(p), p.share) - p.share) > SHARE_TOLERANCE for p in after)
 
@@ -57,11 +57,11 @@ def replace_absent_copies(
     answered: Collection[str],
     drained: frozenset[str],
 ) -> tuple[Placement, ...]:
-    """Return the target plan, in which copies of the plan ``before`` replace the ``absent`` copies if possible.
+    """Return the target plan, in which copies of the plan ``before`` replace ``absent`` (failed) copies if possible.
 
-    A move whose new copy failed is thus not made, so that no adapter loses its last copy (make-before-break).
-    Replacements are on ``engines``, preferably on engines that are not ``drained``. An adapter left without any copy
-    keeps its old copies on engines not in ``answered``. When these engines return, they are asked to load the copies.
+    If the new copy of a move failed, the old copy thus stays (make-before-break). Replacements are on the ready
+    ``engines``, preferably on those that are not ``drained``. An adapter that would have no copy keeps its copies on
+    engines that did not answer (not in ``answered``). These engines are asked to load the copies when they return.
     """
     ready = [p for p in target if copy_id(p) not in absent]
     planned = {copy_id(p) for p in ready}

@@ -8,7 +8,7 @@ from loraserve.messages import AdapterRef, EngineLoad, Placement, Plan
 
 
 class Begin(msgspec.Struct, frozen=True):
-    """Roll out these placements as a new plan, and end any earlier roll-out. Not allowed while a plan is written."""
+    """Roll out these placements as a new plan, and end any earlier roll-out. Not allowed in phase ``WRITING``."""
 
     placements: tuple[Placement, ...]
     adapters: Mapping[str, AdapterRef]
@@ -17,18 +17,18 @@ class Begin(msgspec.Struct, frozen=True):
 
 
 class Cancel(msgspec.Struct, frozen=True):
-    """Cancel the roll-out if engines are still preparing. In any later phase this has no effect."""
+    """Cancel the roll-out if engines are still preparing. In any other phase this has no effect."""
 
 
 class EnginesSeen(msgspec.Struct, frozen=True):
-    """The engines that are alive and READY. An engine that is missing or has a new incarnation was lost."""
+    """The engines that are alive and READY. An engine that is missing here or has a new incarnation was lost."""
 
     engines: tuple[EngineLoad, ...]
     adapters: Mapping[str, AdapterRef]
 
 
 class PrepareAnswered(msgspec.Struct, frozen=True):
-    """An engine prepared its copies. ``failed`` maps versions that it could not load to reasons."""
+    """An engine answered a ``Prepare``. ``failed`` maps the adapter versions that it could not load to reasons."""
 
     engine: str
     incarnation: str
@@ -37,7 +37,7 @@ class PrepareAnswered(msgspec.Struct, frozen=True):
 
 
 class PrepareFailed(msgspec.Struct, frozen=True):
-    """An engine refused or did not answer in time. Only copies pinned in its last report count as prepared."""
+    """An engine refused a ``Prepare`` or did not answer. Only copies pinned in its last report count as prepared."""
 
     engine: str
     epoch: int
@@ -76,7 +76,7 @@ class Prepare(msgspec.Struct, frozen=True):
 
 
 class Write(msgspec.Struct, frozen=True):
-    """Write the plan to disk. Written or WriteFailed follows, and must precede any Begin."""
+    """Write the plan to disk. ``Written`` or ``WriteFailed`` must follow before any ``Begin``."""
 
     plan: Plan
 

@@ -15,8 +15,8 @@ A copy that cannot be prepared is left out of the plan, and the old copy that it
 roll-out is greater than every epoch that engines have reported. Late messages of a failed roll-out therefore never
 match a newer one, even if the planner died or the disk was full.
 
-Between roll-outs, the machine corrects engines that deviate from the plan. A restarted engine is asked for its planned
-copies at once. Pins that are not in the plan, such as those of a dead planner, are retired.
+Between roll-outs, the machine corrects engines that deviate from the plan. A restarted engine is asked to load its
+planned copies at once. Engines unpin copies that are not in the plan, such as those of an earlier planner process.
 """
 
 from collections.abc import Mapping
@@ -88,7 +88,7 @@ class Attempt(msgspec.Struct):
 
 
 class LastRequest(msgspec.Struct, frozen=True):
-    """The last Prepare or Retire sent to an engine. ``ended_s`` is infinite while a Prepare is unanswered."""
+    """The last Prepare or Retire to an engine. ``ended_s``: when Prepare ended (inf before), or Retire was sent."""
 
     incarnation: str
     epoch: int
@@ -139,7 +139,7 @@ class Rollout:
                 return self._take_retired(engine) if self.waits_for(engine, epoch, Phase.RETIRING) else []
 
     def lacks_copies(self, now: float) -> bool:
-        """Return whether an engine lacks planned copies and is due for another Prepare."""
+        """Return whether any ready engine lacks planned copies and may now be asked to load them."""
         planned = versions_by_engine(self.plan.placements)
         return any(
             planned.get(load.engine, set()) - pinned_versions(load)
@@ -148,7 +148,7 @@ class Rollout:
         )
 
     def waits_for(self, engine: str, epoch: int, phase: Phase) -> bool:
-        """Return whether the current roll-out expects this answer. Repeated and late answers are not expected."""
+        """Return whether the current roll-out has this epoch and phase, and still waits for the engine's answer."""
         attempt = self._attempt
         return attempt is not None and (attempt.epoch, self.phase) == (epoch, phase) and engine in attempt.waiting
 
@@ -214,10 +214,10 @@ class Rollout:
         return self._write_when_prepared()
 
     def _do_without(self, engine: str, reason: str) -> list[Instruction]:
-        """Continue without an engine's answer, and count the copies pinned in its last report as prepared.
+        """Continue without an engine's answer. Copies that are pinned in its last report count as prepared.
 
-        The plan thus keeps the engine's other copies if one copy does not fit. An adapter left without any copy keeps
-        its old copies on this engine in the plan, as on a lost engine.
+        The plan thus loses only the copies that the engine lacks. An adapter that would have no copy keeps its old
+        copies on this engine in the plan. If the engine was lost, all new copies on it count as failed.
         """
         attempt = self._current()
         load = self.engines.get(engine)
@@ -232,7 +232,7 @@ class Rollout:
         return self._write_when_prepared()
 
     def _lose(self, reasons: Mapping[str, str]) -> list[Instruction]:
-        """Continue without these engines and without the copies planned on them. ``reasons`` is by engine."""
+        """Continue without lost engines and the copies planned on them. ``reasons``: by engine, why it was lost."""
         attempt = self._current()
         for engine, reason in reasons.items():
             attempt.absent.update({copy_id(p): reason for p in attempt.begin.placements if p.engine == engine})
@@ -293,7 +293,7 @@ class Rollout:
         return [*ended]
 
     def _end_attempt(self) -> list[events.RolloutEnded]:
-        """End the attempt, if there is one, and return its RolloutEnded. The caller advances the phase."""
+        """End the current roll-out, if there is one, and return its RolloutEnded. The caller advances the phase."""
         attempt = self._attempt
         if attempt is None:
             return []
@@ -383,7 +383,7 @@ def story_subject(epoch: int) -> str:
 
 
 def _is_due(requests: Mapping[str, LastRequest], load: EngineLoad, now: float) -> bool:
-    """Return whether an engine may be asked: at once after a restart, else ``RETRY_S`` after its last request ended."""
+    """Return whether an engine may be asked: at once if new or restarted, else ``RETRY_S`` after ``ended_s``."""
     last = requests.get(load.engine)
     return last is None or last.incarnation != load.incarnation or now - last.ended_s >= RETRY_S
 

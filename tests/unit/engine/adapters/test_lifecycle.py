@@ -121,7 +121,7 @@ class LifecycleMachine(RuleBasedStateMachine):
         version = data.draw(st.sampled_from(self.in_state(LifecycleState.RESIDENT)))
         self.pool.apply(version, LifecycleEvent.DAMAGE_FOUND)
         self.follow(version, LifecycleEvent.DAMAGE_FOUND)
-        assert version in self.pool.awaited, "a damaged adapter gets no new leases"
+        assert version in self.pool.not_lendable, "a damaged adapter gets no new leases"
         self.leave()
 
     @precondition(lambda self: self.in_state(LifecycleState.RESIDENT, LifecycleState.ARRIVING))

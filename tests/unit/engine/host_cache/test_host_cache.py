@@ -153,12 +153,12 @@ def test_a_damaged_slab_is_not_read_and_leaves_with_its_last_reader() -> None:
     slab, leased = cache.begin_read("a"), cache.lease("a")
     assert slab is not None
     cache.damage("a", 1.0)
-    assert (cache.versions, cache.begin_read("a"), cache.awaited) == ((), None, frozenset("a"))
+    assert (cache.versions, cache.begin_read("a"), cache.not_lendable) == ((), None, frozenset("a"))
     cache.end_read(slab)
     assert not offer(cache, A), "a peer reads what lies there still"
     cache.end_lease("a", leased.generation)
     cache.validate()
-    assert (cache.get("a"), cache.awaited) == (None, frozenset())
+    assert (cache.get("a"), cache.not_lendable) == (None, frozenset())
     assert offer(cache, A)
     cache.damage("a", 2.0)
     assert cache.get("a") is None, "nobody read it"

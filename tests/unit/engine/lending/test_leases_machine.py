@@ -169,7 +169,7 @@ class LeasesMachine(RuleBasedStateMachine):
             return "mismatch"
         if again:
             return ""
-        if adapter.version in self.pool.awaited:
+        if adapter.version in self.pool.not_lendable:
             return "making_room"
         return "too_many_leases" if own == LIMITS.most_a_reader or len(self.held) == LIMITS.most else ""
 
