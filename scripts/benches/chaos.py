@@ -1,16 +1,16 @@
-"""Kills, stops and corrupts engines that read adapters from each other, and checks every token that they return.
+"""Kills, stops and corrupts engines that read adapters from each other, and checks every text that they return.
 
-Three engines on this machine serve greedy requests for twelve adapters. Each pool holds about half of them. An engine
-reads the others from other engines: two engines over shm and tcp, one engine over tcp only. Every second or two, a
-reading engine or the engine that it reads from is killed (kill -9), or stopped (SIGSTOP) for longer than a lease lasts,
-or a copy in an engine's memory is corrupted from outside. Every token is compared with the output of an undisturbed
-engine. An engine with a corrupted copy in its own pool gets no request for that adapter until it is restarted.
+A gateway and three engines on this machine serve greedy streams for twelve adapters. Each pool holds about half of
+them. An engine reads the others from other engines: two engines over shm and tcp, one engine over tcp only. Every
+second or two, a reading engine or the engine that it reads from is killed (kill -9), or stopped (SIGSTOP) for longer
+than a lease lasts, or a copy in an engine's memory is corrupted from outside. Every text is compared with the output of
+an undisturbed engine. An engine with a corrupted copy in its own pool gets no request for that adapter until it is
+restarted. For this, the bench takes the router's place.
 
-Requests on a killed engine fail, as they do for clients of the gateway. This bench acts as the client and sends them
-again to another engine. The table counts them as "resubmitted". "failed requests" counts failures on engines that were
-alive. "stuck requests" counts requests that did not end within a minute, including their resubmissions.
+The gateway migrates the requests of a killed engine. The bench, as their client, sends every request once. "migrations"
+counts the attempts after the first. "stuck requests" did not end within a minute.
 
-At the end the bench looks for memory and sockets left by killed engines. The exit status is 1 if a token was wrong, a
+At the end the bench looks for memory and sockets left by killed engines. The exit status is 1 if a text was wrong, a
 request was stuck or failed, an engine ended by itself or anything leaked.
 """
 
@@ -23,9 +23,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
+import aiohttp
 from chaotic.cluster import ENGINES, Victims
 from chaotic.counts import Counts
-from chaotic.traffic import DEADLINE_S, Traffic
+from chaotic.routing import routing
+from chaotic.traffic import Traffic
 from chaotic.trouble import Trouble, progress
 from chaotic.truth import Case, compute_truth, write_adapters
 from harness.driver import driving
@@ -33,11 +35,14 @@ from harness.engines import SERVICES, Engines, config_for, short_folder
 from harness.peer_memory import named_segments, poisoning
 from harness.report import last_line, say
 
-from loraserve.config import TransferConfig
+from loraserve.config import GatewayConfig, TransferConfig
 from loraserve.demo.model import prepare_model
 from loraserve.demo.paths import default_data_dir
 from loraserve.model_shape import read_model_config, shape_from_config
+from loraserve.testing.local_cluster import free_port
 
+GATEWAY, DRIVER = "gateway-0", "gateway-1"
+"""The driver is on the bus as another gateway, and sends no requests."""
 MINUTES, QUICK_MINUTES = 10.0, 0.5
 ASKERS = 4
 LEASE_S = 0.2
@@ -58,7 +63,11 @@ def run(folder: Path, minutes: float, seed: int) -> Counts:
     before = named_segments()
     with short_folder() as run_dir:
         transfer = TransferConfig(transports=("shm", "tcp"), lease_s=LEASE_S)
-        overrides = {"engine": {"pool_bytes": POOL_BYTES, "host_cache_bytes": CACHE_BYTES}, "transfer": transfer}
+        overrides = {
+            "engine": {"pool_bytes": POOL_BYTES, "host_cache_bytes": CACHE_BYTES},
+            "gateway": GatewayConfig(port=free_port()),
+            "transfer": transfer,
+        }
         config = config_for(folder, run_dir, model, len(ENGINES), overrides)
         cases = compute_truth(config, shape, folders)
         say(f"{len(cases)} prompts; starting {len(ENGINES)} engines")
@@ -75,26 +84,36 @@ def run(folder: Path, minutes: float, seed: int) -> Counts:
 async def _run(
     engines: Engines, folders: dict[str, Path], cases: list[Case], rng: Random, counts: Counts, seconds: float
 ) -> Victims:
-    async with driving(engines.config) as driver, poisoning(engines.config) as poisoner:
-        engines.start(*SERVICES)
-        await driver.ready(*SERVICES)
+    async with driving(engines.config, DRIVER) as driver, poisoning(engines.config) as poisoner:
+        engines.start(*SERVICES, GATEWAY)
+        await driver.ready(*SERVICES, GATEWAY)
         adapters = {name: await driver.register(name, path) for name, path in folders.items()}
         victims = Victims(engines, driver, adapters, counts)
         await asyncio.gather(*(victims.start(name) for name in ENGINES))
         await victims.spread()
-        traffic = Traffic(driver, victims, cases, rng, counts, DEADLINE_S)
-        trouble = Trouble(victims, traffic, poisoner, rng, counts)
         say(f"disturbing the engines for {seconds:.0f} s")
-        over = asyncio.Event()
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(ASKERS):
-                tasks.create_task(traffic.keep_asking(over))
-            tasks.create_task(trouble.make(over))
-            await _wait(counts, seconds)
-            over.set()
+        gateway = engines.config.gateway
+        connector = aiohttp.TCPConnector(limit=0)
+        async with (
+            routing(engines.config, victims, rng) as router,
+            aiohttp.ClientSession(f"http://{gateway.host}:{gateway.port}", connector=connector) as http,
+        ):
+            traffic = Traffic(http, router, cases, rng, counts)
+            await _disturb(traffic, Trouble(victims, traffic, poisoner, rng, counts), counts, seconds)
+            counts.migrations = router.migrations
         victims.note_crashes()
         await victims.count_mapped_of_dead()
         return victims
+
+
+async def _disturb(traffic: Traffic, trouble: Trouble, counts: Counts, seconds: float) -> None:
+    over = asyncio.Event()
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(ASKERS):
+            tasks.create_task(traffic.keep_asking(over))
+        tasks.create_task(trouble.make(over))
+        await _wait(counts, seconds)
+        over.set()
 
 
 async def _wait(counts: Counts, seconds: float) -> None:

@@ -39,6 +39,8 @@ BEFORE_S = 1.5
 AFTER_S = 2.0
 """Time for which requests are sent after the fault, at the least."""
 SERVED_TIMEOUT_S = 120.0
+DRAIN_S = 30.0
+"""Time for the streams of a gateway to end after SIGTERM. On a busy machine they take longer than the default."""
 FEW_CELLS = 6
 """Up to this number of rows, each model has only one question, so that the run is short."""
 EXPLANATION = """\
@@ -48,7 +50,7 @@ EXPLANATION = """\
 - `median gap`: the median, over the streams that ran when the fault began, of the longest time between two tokens.
   `of moved streams`: only those on a disturbed engine.
 - `recovered`: from the end of the fault (of a kill: its moment) until all processes are ready and all streams go on."""
-SETTINGS = ("cluster.engines=2", "cluster.gateways=2", "engine.threads=1")
+SETTINGS = ("cluster.engines=2", "cluster.gateways=2", "engine.threads=1", f"gateway.drain_timeout_s={DRAIN_S}")
 
 
 def run(folder: Path, cells: Sequence[Cell] | None, only: str) -> tuple[list[Row], list[str]]:

@@ -48,7 +48,6 @@ class Victims:
     def kill(self, name: str) -> None:
         self.usable.discard(name)
         self._engines.kill(name)
-        self._driver.fail_all(name, "killed")
 
     async def restart(self, name: str, after_s: float) -> None:
         await asyncio.sleep(after_s)
@@ -83,7 +82,6 @@ class Victims:
         """Count engines that ended without being killed."""
         for name in self.usable - self._engines.pids().keys():
             self.usable.discard(name)
-            self._driver.fail_all(name, "crashed")
             self._counts.crashed_engines += 1
             self._counts.note(f"{name} ended by itself")
 

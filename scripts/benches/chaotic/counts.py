@@ -9,15 +9,11 @@ MOST_NOTES = 8
 
 @dataclass
 class Counts:
-    """Counts of events and faults. ``FAULTS`` names the faults.
-
-    ``resubmitted`` requests failed because their engine was killed. This bench sent them again, as a client would; they
-    are not in ``failed_requests``.
-    """
+    """Counts of events and faults. ``FAULTS`` names the faults."""
 
     requests: int = 0
     tokens: int = 0
-    resubmitted: int = 0
+    migrations: int = 0
     owners_killed: int = 0
     readers_killed: int = 0
     owners_stopped: int = 0
@@ -28,7 +24,7 @@ class Counts:
     read_over_shm: int = 0
     read_over_tcp: int = 0
     restarts: int = 0
-    wrong_tokens: int = 0
+    wrong_texts: int = 0
     stuck_requests: int = 0
     failed_requests: int = 0
     crashed_engines: int = 0
@@ -53,14 +49,11 @@ class Counts:
         names = [name for name in self.figures() if name not in FAULTS]
         done = table("Events", ["", "count"], [[_words(name), getattr(self, name)] for name in names])
         bad = table("Faults", ["", "count", "goal"], [[_words(n), v, 0] for n, v in self.faults().items()])
-        return "\n".join([done, bad, EXPLANATION, *(f"  {note}" for note in self.notes)])
+        return "\n".join([done, bad, *(f"  {note}" for note in self.notes)])
 
 
-EXPLANATION = (
-    "resubmitted: failed with a killed engine and sent again by this bench, as a client would; not a failed request"
-)
 FAULTS = (
-    "wrong_tokens",
+    "wrong_texts",
     "stuck_requests",
     "failed_requests",
     "crashed_engines",

@@ -1,35 +1,35 @@
-"""Sends requests for random adapters to random engines, checks every token, and resubmits if an engine is killed."""
+"""Sends requests for random adapters to the gateway, and checks every text."""
 
 import asyncio
-import time
+import itertools
+import json
 from collections.abc import Mapping, Sequence
 from random import Random
+from typing import Any
 
-from harness.driver import Asked, Driver
+import aiohttp
 
-from chaotic.cluster import Victims
 from chaotic.counts import Counts
+from chaotic.routing import Routing
 from chaotic.truth import Case
 
 DEADLINE_S = 60.0
-"""For one request with all resubmissions. Engines need about 15 s to start on a busy machine."""
-PAUSE_S = 0.05
+"""For one request with all its attempts. Engines need about 15 s to start on a busy machine."""
 
 
 class Traffic:
-    """Writes outcomes to ``counts``. ``at`` lists the (engine, adapter) pairs of the requests in flight."""
+    """Writes outcomes to ``counts``. Every request is sent once."""
 
     def __init__(
-        self, driver: Driver, victims: Victims, cases: Sequence[Case], rng: Random, counts: Counts, deadline_s: float
+        self, http: aiohttp.ClientSession, routing: Routing, cases: Sequence[Case], rng: Random, counts: Counts
     ) -> None:
-        self.at: list[tuple[str, str]] = []
-        self._driver = driver
-        self._victims = victims
+        self._http = http
+        self._routing = routing
         self._cases = cases
         self._by_adapter = _by_adapter(cases)
         self._rng = rng
         self._counts = counts
-        self._deadline_s = deadline_s
+        self._seeds = itertools.count(1)
 
     async def keep_asking(self, until: asyncio.Event) -> None:
         """Send requests one after the other until the event is set."""
@@ -37,68 +37,76 @@ class Traffic:
             await self.serve(self._rng.choice(self._cases))
 
     async def serve_for(self, adapter: str, engine: str) -> None:
-        """Send a random prompt for this adapter, first to this engine."""
+        """Send a random prompt for this adapter, whose first attempt runs on this engine."""
         await self.serve(self._rng.choice(self._by_adapter[adapter]), engine)
 
-    async def serve(self, case: Case, first: str = "") -> None:
-        """Send a request until it succeeds or the deadline passes."""
+    def may_run(self, engine: str, adapter: str) -> bool:
+        """Return whether a request for the adapter may run on the engine."""
+        return self._routing.may_run((engine, adapter))
+
+    async def serve(self, case: Case, first: str = "", deadline_s: float = DEADLINE_S) -> None:
+        """Send a request, wait for its end and check its text."""
         self._counts.requests += 1
-        ends_s = time.monotonic() + self._deadline_s
-        engine = first
-        while (left_s := ends_s - time.monotonic()) > 0:
-            candidates = self._victims.askable(case.adapter)
-            if engine not in candidates:
-                if not candidates:
-                    await asyncio.sleep(PAUSE_S)
-                    continue
-                engine = self._rng.choice(candidates)
-            if await self._try(case, engine, left_s):
-                return
-            engine = ""
-            await asyncio.sleep(PAUSE_S)
-        self._counts.stuck_requests += 1
-        self._counts.note(
-            f"a request for {case.adapter} had not ended after {self._deadline_s:.0f} s, last at {engine}"
-        )
-
-    async def _try(self, case: Case, engine: str, timeout_s: float) -> bool:
-        """Send a request once. Returns False if it must be sent again."""
-        place = (engine, case.adapter)
-        self.at.append(place)
+        seed = next(self._seeds)
+        self._routing.expect(seed, first)
+        text: list[str] = []
+        error = ""
         try:
-            adapter = self._victims.adapters[case.adapter]
-            asked = await self._driver.ask(engine, adapter, case.prompt, len(case.tokens))
-            ended = await self._driver.finished(asked, timeout_s)
+            async with asyncio.timeout(deadline_s):
+                error = await self._ask(case, seed, text)
+        except TimeoutError:
+            self._counts.stuck_requests += 1
+            self._counts.note(f"a request for {case.adapter} had not ended after {deadline_s:.0f} s")
+            error = "stuck"
+        except aiohttp.ClientError as lost:
+            error = f"{type(lost).__name__} {lost}"
+            self._fail(case, error)
         finally:
-            self.at.remove(place)
-        self._counts.tokens += len(asked.tokens)
-        if not self._tokens_are_right(case, asked):
-            return True
-        if not ended:
-            return False
-        if asked.error:
-            self._note_failure(asked)
-            return False
-        return True
+            self._routing.forget(seed)
+        self._check(case, "".join(text), finished=not error)
 
-    def _tokens_are_right(self, case: Case, asked: Asked) -> bool:
-        """Return whether the received tokens are right. An unfinished output must be a prefix of the right one."""
-        came = tuple(asked.tokens)
-        wrong = sum(a != b for a, b in zip(came, case.tokens, strict=False))
-        if not asked.error and asked.over.is_set():
-            wrong += abs(len(case.tokens) - len(came))
-        if wrong:
-            self._counts.wrong_tokens += wrong
-            self._counts.note(f"{asked.engine} said {came} with {case.adapter}, should say {case.tokens}")
-        return not wrong
+    async def _ask(self, case: Case, seed: int, text: list[str]) -> str:
+        """Add the pieces of the answer to ``text``. Returns the error with which the request ended, or ""."""
+        async with self._http.post("/v1/completions", json=_body(case, seed)) as response:
+            if response.status != 200:
+                return self._fail(case, f"{response.status} {(await response.text())[:200]}")
+            finish = None
+            async for line in response.content:
+                if not line.startswith(b"data: {"):
+                    continue
+                event = json.loads(line[6:])
+                if event.get("error"):
+                    return self._fail(case, str(event["error"].get("message")))
+                for choice in event["choices"]:
+                    text.append(choice["text"])
+                    finish = choice["finish_reason"] or finish
+            if finish is None:
+                return self._fail(case, "the stream ended early")
+            self._counts.tokens += len(case.tokens)
+            return ""
 
-    def _note_failure(self, asked: Asked) -> None:
-        """Count a failed request as resubmitted if its engine was killed, or as a fault if the engine is alive."""
-        if asked.engine in self._victims.usable and not asked.error.startswith("killed"):
-            self._counts.failed_requests += 1
-            self._counts.note(f"{asked.engine} failed a request for {asked.adapter}: {asked.error}")
-        else:
-            self._counts.resubmitted += 1
+    def _check(self, case: Case, text: str, finished: bool) -> None:
+        """Count a wrong text. An unfinished text must be a prefix of the right one."""
+        if not (text == case.text if finished else case.text.startswith(text)):
+            self._counts.wrong_texts += 1
+            self._counts.note(f"{case.adapter} answered {text!r}, should answer {case.text!r}")
+
+    def _fail(self, case: Case, error: str) -> str:
+        self._counts.failed_requests += 1
+        self._counts.note(f"a request for {case.adapter} failed: {error}")
+        return error
+
+
+def _body(case: Case, seed: int) -> dict[str, Any]:
+    return {
+        "model": case.adapter,
+        "prompt": list(case.prompt),
+        "max_tokens": len(case.tokens),
+        "temperature": 0,
+        "ignore_eos": True,
+        "seed": seed,
+        "stream": True,
+    }
 
 
 def _by_adapter(cases: Sequence[Case]) -> Mapping[str, list[Case]]:

@@ -86,7 +86,7 @@ class Trouble:
 
         Only readers verify a copy. The owner's own output with it would be wrong.
         """
-        if (owner, adapter) in self._traffic.at:
+        if self._traffic.may_run(owner, adapter):
             return
         self._victims.poisoned.add((owner, adapter))
         places = [self._rng.random() for _ in range(3)]
@@ -116,6 +116,6 @@ class Trouble:
 def progress(counts: Counts, seconds: float) -> None:
     kills = counts.owners_killed + counts.readers_killed
     say(
-        f"{seconds:.0f} s: {counts.requests} requests, {counts.resubmitted} resubmitted, {kills} kills, "
+        f"{seconds:.0f} s: {counts.requests} requests, {kills} kills, "
         f"{counts.poisonings} poisonings, {sum(counts.faults().values())} faults"
     )

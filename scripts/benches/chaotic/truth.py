@@ -12,6 +12,8 @@ from loraserve.config import Config
 from loraserve.demo import demo_adapters
 from loraserve.demo.paths import default_data_dir
 from loraserve.device import core_count
+from loraserve.gateway.text.detokenize import TokenBytes
+from loraserve.gateway.text.tokenizer import ModelTokenizer
 from loraserve.messages import SamplingParams
 from loraserve.model_shape import ModelShape
 from loraserve.testing.engine.offline import OfflineEngine, OfflineRequest
@@ -25,11 +27,12 @@ OUTPUT_TOKENS = (8, 16)
 
 
 class Case(NamedTuple):
-    """A prompt for an adapter and its expected tokens."""
+    """A prompt for an adapter, and its expected tokens and their text."""
 
     adapter: str
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
+    text: str = ""
 
 
 def write_adapters(folder: Path, shape: ModelShape) -> dict[str, Path]:
@@ -51,7 +54,15 @@ def compute_truth(config: Config, shape: ModelShape, folders: Mapping[str, Path]
     engine = msgspec.structs.replace(config.engine, threads=core_count(), pool_bytes=512 << 20)
     config = msgspec.structs.replace(config, engine=engine)
     slabs = {name: pack_peft(path, shape, engine.slab_dtype, engine.max_rank) for name, path in folders.items()}
-    return _compute(OfflineEngine(config, slabs), slabs, shape.vocab)
+    cases = _compute(OfflineEngine(config, slabs), slabs, shape.vocab)
+    token_bytes = ModelTokenizer(Path(config.model.path)).token_bytes
+    return [case._replace(text=_text(case, token_bytes)) for case in cases]
+
+
+def _text(case: Case, token_bytes: TokenBytes) -> str:
+    # As in the gateway, each token is fed alone and special tokens are left out.
+    detokenizer = token_bytes.detokenizer(skip_special_tokens=True)
+    return "".join(detokenizer.feed([token]) for token in case.tokens) + detokenizer.flush()
 
 
 def _compute(engine: OfflineEngine, slabs: Mapping[str, Slab], vocab: int) -> list[Case]:

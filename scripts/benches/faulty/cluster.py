@@ -12,6 +12,10 @@ import aiohttp
 from harness.report import BenchError
 
 from faulty.cells import Cell, Fault
+from loraserve.config import load_config
+from loraserve.errors import LoraServeError
+from loraserve.ping import ping
+from loraserve.supervisor.state import CONFIG_NAME
 from loraserve.testing.faults.interpreter import write_interpreter
 from loraserve.testing.faults.shim import Shim
 from loraserve.testing.local_cluster import LocalCluster
@@ -66,6 +70,8 @@ class FaultyCluster(LocalCluster):
             except (aiohttp.ClientError, TimeoutError, ValueError) as error:
                 why = f"the gateway: {error or type(error).__name__}"
             if not why:
+                why = await self._what_gateways_lack()
+            if not why:
                 return time.monotonic()
             await asyncio.sleep(POLL_S)
         raise BenchError(f"the cluster is not ready {READY_TIMEOUT_S:.0f} s after a fault: {why}")
@@ -81,6 +87,18 @@ class FaultyCluster(LocalCluster):
             if name not in engines or not engines[name]["alive"] or engines[name]["load"]["state"] != "READY":
                 return f"{name} does not report"
         return "" if set(self.names) <= self.pids().keys() else "a process is not running"
+
+    async def _what_gateways_lack(self) -> str:
+        """Return which gateway does not answer, or "". A request over HTTP is answered by any of them."""
+        config = load_config(self.data_dir / "run" / CONFIG_NAME)
+        for name in (name for name in self.names if name.startswith("gateway-")):
+            try:
+                pong = await ping(config, name, ADMIN_TIMEOUT_S)
+            except LoraServeError as error:
+                return f"{name}: {error}"
+            if pong.state != "READY":
+                return f"{name} is {pong.state}"
+        return ""
 
     async def _begin(self, cell: Cell) -> None:
         match cell.fault:

@@ -127,7 +127,11 @@ class Driver:
         self._asked[request_id] = asked
         sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         message = Admit(
-            request_id=request_id, gateway=NAME, prompt_tokens=tuple(prompt), sampling=sampling, adapter=adapter
+            request_id=request_id,
+            gateway=self._bus.name,
+            prompt_tokens=tuple(prompt),
+            sampling=sampling,
+            adapter=adapter,
         )
         asked.sent_s = time.perf_counter()
         try:
@@ -165,12 +169,6 @@ class Driver:
     async def pause(self, seconds: float) -> None:
         """Wait, while tokens keep arriving."""
         await asyncio.sleep(seconds)
-
-    def fail_all(self, engine: str, why: str) -> None:
-        """Fail all requests of an engine that was killed."""
-        for asked in list(self._asked.values()):
-            if asked.engine == engine:
-                asked.fail(why)
 
     async def hold(self, engine: str, adapters: Sequence[AdapterRef]) -> None:
         """Let the engine load and pin the adapters. Raises BenchError if one cannot be loaded."""
@@ -223,9 +221,9 @@ class Driver:
 
 
 @asynccontextmanager
-async def driving(config: Config) -> AsyncIterator[Driver]:
+async def driving(config: Config, name: str = NAME) -> AsyncIterator[Driver]:
     """Connect a Driver to the engines of this configuration and to the monitor's publications."""
-    bus = open_bus(config, NAME, ToGateway)
+    bus = open_bus(config, name, ToGateway)
     bus.subscribe("monitor", "load")
     driver = Driver(bus)
     listening = asyncio.create_task(driver.listen())

@@ -1,79 +1,139 @@
 """The requests, checks and counts of scripts/bench chaos."""
 
 import asyncio
+import json
 import mmap
 import os
 from random import Random
+from typing import Any
 
+import aiohttp
+import msgspec
+from aiohttp import web
 from chaotic.cluster import Victims
 from chaotic.counts import FAULTS, Counts
+from chaotic.routing import Routing
 from chaotic.traffic import Traffic
 from chaotic.truth import Case, distinct
-from harness.driver import Asked
 from harness.peer_memory import DAMAGED_BYTES, flip, held_by, left_of, mapped_by
 
+from loraserve.messages import (
+    AdapterRef,
+    Admit,
+    Admitted,
+    Route,
+    Routed,
+    SamplingParams,
+    ToEngine,
+    ToGateway,
+    ToRouter,
+)
+from loraserve.testing.memory_bus import MemoryBus, MemoryNetwork
 from loraserve.transfer.shm import SharedMemory
 
-CASE = Case("pirate", (1, 2), (5, 6, 7))
+CASE = Case("pirate", (1, 2), (5, 6, 7), "yay")
 
 
-class Engines:
-    """A driver whose engines all return ``tokens``, and optionally an ``error``."""
-
-    def __init__(self, tokens: list[int], error: str = "", ends: bool = True) -> None:
-        self.said = [(tokens, error)]
-        self.ends = ends
-
-    async def ask(self, engine: str, adapter: object, prompt: object, most: int) -> Asked:
-        asked = Asked("1", engine, "pirate", most, None)
-        tokens, error = self.said.pop(0) if len(self.said) > 1 else self.said[0]
-        asked.add(0, tokens, "length" if self.ends and not error else None, 0.0)
-        if error:
-            asked.fail(error)
-        return asked
-
-    async def finished(self, asked: Asked, timeout_s: float) -> bool:
-        await asyncio.sleep(0 if self.ends else timeout_s)
-        return asked.over.is_set()
-
-
-def counted(engines: Engines, usable: bool = True, deadline_s: float = 30.0) -> Counts:
+def counted(free_port: int, events: list[dict[str, Any]], status: int = 200, deadline_s: float = 30.0) -> Counts:
+    """Return the counts of one request to a gateway that sends ``events``."""
     counts = Counts()
-    victims = Victims(None, None, {"pirate": None}, counts)  # type: ignore[arg-type, dict-item]
-    victims.usable = {"engine-0", "engine-1"} if usable else set()
-    traffic = Traffic(engines, victims, [CASE], Random(0), counts, deadline_s)  # type: ignore[arg-type]
-    asyncio.run(traffic.serve(CASE))
-    assert not traffic.at
+
+    async def answer(http: web.Request) -> web.StreamResponse:
+        body = await http.json()
+        assert (body["model"], body["prompt"], body["max_tokens"]) == ("pirate", [1, 2], 3)
+        response = web.StreamResponse(status=status)
+        await response.prepare(http)
+        for event in events:
+            if event.get("hangs"):
+                await asyncio.sleep(deadline_s * 10)
+            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+        return response
+
+    async def scenario() -> None:
+        app = web.Application()
+        app.add_routes([web.post("/v1/completions", answer)])
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", free_port).start()
+        network = MemoryNetwork()
+        victims = Victims(None, None, {"pirate": None}, counts)  # type: ignore[arg-type, dict-item]
+        routing = Routing(network.bus("router", ToRouter), victims, Random(0))
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{free_port}") as http:
+            await Traffic(http, routing, [CASE], Random(0), counts).serve(CASE, deadline_s=deadline_s)
+        await runner.cleanup()
+
+    asyncio.run(scenario())
     return counts
 
 
-def test_right_tokens_are_no_fault() -> None:
-    counts = counted(Engines([5, 6, 7]))
-    assert (counts.requests, counts.tokens, sum(counts.faults().values())) == (1, 3, 0)
+def piece(text: str, finish: str | None = None) -> dict[str, Any]:
+    return {"choices": [{"text": text, "finish_reason": finish}]}
 
 
-def test_wrong_tokens_of_unfinished_requests_are_counted() -> None:
-    assert counted(Engines([5, 0, 0])).wrong_tokens == 2
-    assert counted(Engines([5, 6])).wrong_tokens == 1
-    assert counted(Engines([9], "killed")).wrong_tokens == 1
+def faults(counts: Counts) -> dict[str, int]:
+    return {name: count for name, count in counts.faults().items() if count}
 
 
-def test_requests_of_a_killed_engine_are_resubmitted() -> None:
-    engines = Engines([5], "killed")
-    engines.said.append(([5, 6, 7], ""))
-    counts = counted(engines)
-    assert (counts.resubmitted, sum(counts.faults().values())) == (1, 0)
+def test_a_right_text_is_no_fault(free_port: int) -> None:
+    counts = counted(free_port, [piece("ya"), piece("y", "length")])
+    assert (counts.requests, counts.tokens, faults(counts)) == (1, 3, {})
 
 
-def test_a_request_failed_by_a_living_engine_is_a_fault() -> None:
-    engines = Engines([], "adapter_unavailable: no source")
-    engines.said.append(([5, 6, 7], ""))
-    assert counted(engines).failed_requests == 1
+def test_wrong_texts_are_counted_also_of_unfinished_requests(free_port: int) -> None:
+    assert faults(counted(free_port, [piece("yes", "length")])) == {"wrong_texts": 1}
+    error = {"error": {"message": "the engine died"}}
+    assert faults(counted(free_port, [piece("ya"), error])) == {"failed_requests": 1}
+    assert faults(counted(free_port, [piece("no"), error])) == {"failed_requests": 1, "wrong_texts": 1}
 
 
-def test_requests_that_never_end_are_stuck() -> None:
-    assert counted(Engines([5], ends=False), deadline_s=0.05).stuck_requests == 1
-    assert counted(Engines([5]), usable=False, deadline_s=0.05).stuck_requests == 1
+def test_refused_cut_and_stuck_requests_are_faults(free_port: int) -> None:
+    assert faults(counted(free_port, [], status=503)) == {"failed_requests": 1}
+    assert faults(counted(free_port, [piece("ya")])) == {"failed_requests": 1}
+    stuck = counted(free_port, [piece("ya"), {"hangs": True}], deadline_s=0.3)
+    assert faults(stuck) == {"stuck_requests": 1}
+
+
+def test_a_migrated_request_goes_to_another_engine() -> None:
+    """The engines are buses that admit requests; engine-0 refuses."""
+    victims = Victims(None, None, {"pirate": None}, Counts())  # type: ignore[arg-type, dict-item]
+    victims.usable = {"engine-0", "engine-1", "engine-2"}
+
+    async def admit(bus: MemoryBus, admitted: list[Admit]) -> None:
+        while True:
+            envelope = await bus.receive()
+            if isinstance(envelope.message, Admit):
+                admitted.append(envelope.message)
+                request_id = envelope.message.request_id
+                ok = bus.name != "engine-0"
+                bus.respond(envelope, Admitted(request_id=request_id, incarnation=bus.name, ok=ok))
+
+    async def scenario() -> None:
+        network = MemoryNetwork()
+        routing = Routing(network.bus("router", ToRouter), victims, Random(0))
+        gateway = network.bus("gateway-0", ToGateway)
+        admitted: list[Admit] = []
+        tasks = [asyncio.create_task(routing.listen())]
+        tasks += [asyncio.create_task(admit(network.bus(name, ToEngine), admitted)) for name in sorted(victims.usable)]
+        routing.expect(7, "engine-0")
+        sampling = SamplingParams(max_tokens=3, seed=7)
+        adapter = AdapterRef(name="pirate", version="v", rank=8, slab_bytes=1)
+        route = Route(request_id="a-0", gateway="gateway-0", prompt_tokens=(1, 2), sampling=sampling, adapter=adapter)
+        victims.poisoned = {("engine-2", "pirate")}
+        assert (await gateway.request("router", route, Routed, 5.0)).engine == "engine-1", "engine-0 refused"
+        assert routing.may_run(("engine-1", "pirate"))
+        victims.poisoned = set()
+        again = msgspec.structs.replace(
+            route, request_id="a-0.1", prompt_tokens=(1, 2, 5), generated=1, avoid=("engine-1", "engine-0")
+        )
+        assert (await gateway.request("router", again, Routed, 5.0)).engine == "engine-2"
+        assert (admitted[-1].generated, admitted[-1].prompt_tokens) == (1, (1, 2, 5))
+        assert routing.migrations == 1
+        routing.forget(7)
+        assert not routing.may_run(("engine-2", "pirate"))
+        for task in tasks:
+            task.cancel()
+
+    asyncio.run(scenario())
 
 
 def test_a_corrupted_copy_is_not_requested_from_its_owner() -> None:
@@ -113,9 +173,3 @@ def test_memory_is_corrupted_at_the_given_offsets_only() -> None:
     finally:
         memory.view.release()
         memory.close()
-
-
-def test_the_table_says_that_resubmitted_requests_are_not_counted_as_failed() -> None:
-    text = Counts(resubmitted=3).text()
-    assert "resubmitted: failed with a killed engine and sent again by this bench" in text
-    assert Counts(resubmitted=3).faults()["failed_requests"] == 0
