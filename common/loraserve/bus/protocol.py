@@ -90,7 +90,7 @@ class Bus(Protocol):
         Raises PeerError if the peer refuses the request or its answer does not decode. Raises RequestTimeoutError
         after ``timeout_s``, or at once if the connection is lost; the peer may then have acted on the request. A
         request that times out before its peer connects is never delivered. If this process was paused when the time
-        ran out, the answer may wait in its socket, so it waits a little longer.
+        ran out, the answer may wait in its socket, so the request waits a little longer.
         """
 
     async def request_frames(

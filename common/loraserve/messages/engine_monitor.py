@@ -140,7 +140,7 @@ class EngineCapabilities(Message, frozen=True, tag=True, kw_only=True):
 
 
 class AnnounceCapabilities(Message, frozen=True, tag=True, kw_only=True):
-    """Asks an engine to send EngineCapabilities again. No other answer.
+    """Asks an engine to send EngineCapabilities again, which is the only answer.
 
     The monitor sends this when it receives a load from an engine whose capabilities it does not know: after a restart
     of the monitor, or after the first EngineCapabilities was lost.

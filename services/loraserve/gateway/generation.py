@@ -286,8 +286,8 @@ async def _ask_router(gateway: Gateway, route: Route, param: str, deadline_s: fl
 async def _ask_until_answered(gateway: Gateway, route: Route, deadline_s: float) -> Any:
     """Ask the router, and ask again if it dies or its answer is lost. A router that restarts needs a few seconds.
 
-    The router answers a repeated question about a request once. A dead router may have sent the request to an engine,
-    which is told to abort it when its tokens arrive.
+    While the router routes a request, it gives the same answer to all questions about it. A router that died may have
+    sent the request to an engine. That engine is told to abort it when its tokens arrive.
     """
     wait_s = FIRST_RETRY_S
     while True:

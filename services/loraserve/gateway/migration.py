@@ -98,7 +98,7 @@ class Attempts:
         return self._is_suspect
 
     def decide(self, suspects: int) -> Verdict:
-        """Return what follows. ``suspects`` is the number of requests that became suspects with the same engine."""
+        """Return what follows, and count the next attempt. ``suspects`` requests became suspects together."""
         if self._is_suspect and self._last is not None:
             if self._last.cause is Cause.DIED and (self.on_trial or suspects == 1):
                 return Verdict.QUARANTINE

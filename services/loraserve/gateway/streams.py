@@ -1,8 +1,8 @@
 """Token streams in flight, and detection of dead engines. No I/O and no clock.
 
 ``StreamTable`` delivers each token to the stream of its request, in order and once. A stream is interrupted if tokens
-are lost or its engine dies. The next attempt of its request then continues it. ``EngineWatch`` decides whether an
-engine died or dropped a request.
+are lost, or if its engine dies or gives the request up. The next attempt of its request then continues it.
+``EngineWatch`` decides whether an engine died or dropped a request.
 """
 
 from collections import OrderedDict
@@ -32,7 +32,7 @@ CLOSED_KEPT = 4096
 """Maximum number of ended requests that the table remembers."""
 
 RECENT_TOKENS_S = 1.0
-"""An engine counts as alive at least this long after routing and after its last tokens. A report may be older."""
+"""Unless its process ended, an engine counts as alive this long after routing and after its last tokens."""
 
 END_LOST_AFTER_S = 1.5
 """If a report made this long after a request's last token omits the request, its last TokenDelta was lost."""
@@ -44,8 +44,8 @@ CLOCK_MARGIN_S = 0.25
 class StreamState(Enum):
     """States of a stream.
 
-    ROUTING streams have no engine yet. INTERRUPTED streams lost their engine and wait for the next attempt, which makes
-    them ROUTING again. Only RUNNING streams accept tokens.
+    ROUTING streams have no engine yet. The attempt of an INTERRUPTED stream ended early. The next attempt makes it
+    ROUTING again. Only RUNNING streams accept tokens.
     """
 
     ROUTING = "routing"
@@ -112,7 +112,7 @@ class Stream:
         return len(self.output)
 
     def decide(self) -> Verdict:
-        """Return what follows the interruption."""
+        """Decide whether the interrupted request is migrated, tried alone, quarantined or given up."""
         return self.attempts.decide(self.suspects)
 
     def begin_attempt(self, request_id: str) -> None:
@@ -121,7 +121,7 @@ class Stream:
         self.request_id, self.engine, self.incarnation = request_id, "", ""
 
     def set_engine(self, engine: str, incarnation: str, now: float) -> set[str]:
-        """Accept only messages of this engine incarnation. Returns other engines that sent messages: abort there."""
+        """Accept only messages of this engine incarnation. Returns the other senders, where the caller must abort."""
         self.engine, self.incarnation = engine, incarnation
         self.routed_s = self.last_token_s = now
         if self.state is StreamState.ROUTING:
@@ -137,7 +137,8 @@ class Stream:
     def on_delta(self, engine: str, incarnation: str, delta: TokenDelta, now: float) -> bool:
         """Accept new tokens. Returns whether the sender may continue the request.
 
-        Returns False if the sender is not this stream's engine incarnation, or if the stream has failed.
+        Returns False if the sender is not this stream's engine incarnation, if tokens are missing before the new ones,
+        or if the stream was interrupted or has failed.
         """
         if self.state is StreamState.ROUTING:
             self._early.append((engine, incarnation, delta))
@@ -407,7 +408,7 @@ def _engine_died(stream: Stream, cause: Cause, why: str) -> Interruption:
 
 
 def _interrupt_together(interruptions: Sequence[tuple[Stream, Interruption]]) -> None:
-    """Interrupt the streams of one ended engine, and tell each suspect how many suspects there are."""
+    """Interrupt the streams of one ended engine, and store the number of suspects in each suspect."""
     suspects = [stream for stream, interruption in interruptions if stream.interrupt(interruption)]
     for stream in suspects:
         stream.suspects = len(suspects)

@@ -91,7 +91,7 @@ class Holt(Forecaster):
 
 @lru_cache
 def _mean_trend_steps(horizon_steps: int, damping: float) -> float:
-    """Return the factor of the trend in the mean forecast: (``horizon_steps`` + 1) / 2 if ``damping`` is 1."""
+    """Return the mean of damping + ... + damping**k over all steps k of the horizon: the trend's factor."""
     sums = [sum(damping**step for step in range(1, steps + 1)) for steps in range(1, horizon_steps + 1)]
     return sum(sums) / horizon_steps
 

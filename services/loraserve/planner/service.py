@@ -166,7 +166,7 @@ class PlannerService(Service):
         return done
 
     def _drain_is_pending(self) -> bool:
-        """Return whether the drained engines differ from those for which the plan in force was made."""
+        """Return whether the engines drained now differ from the drained engines of the plan in force."""
         return self._drained != frozenset(self._rollout.plan.drained)
 
     async def _rebalance(self, dry_run: bool) -> RebalanceDone:

@@ -34,7 +34,7 @@ RoutingPolicy: TypeAlias = Callable[[RoutingContext], Candidates | Rejected]
 MAX_CANDIDATES = 4
 """Maximum number of engines to ask. Each timeout takes ``router.admit_timeout_s``, and gateways do not wait long."""
 TIE_SHARE = 0.05
-"""Scores within this fraction of the predicted TTFT count as equal. Predictions are less exact."""
+"""Scores within this fraction count as equal (``break_ties``). Predictions are not exact enough to separate them."""
 MIN_TIE_S = 5e-5
 FALLBACK_PENALTY_S = 1e9
 """Added to a fallback engine's score for each level of ``EngineView.fallback_level``."""
@@ -208,8 +208,8 @@ def _candidates(
 ) -> Candidates:
     """Return the candidates: an engine that already runs the request, then ``columns``, then others by score.
 
-    ``ranked`` are the scores of the others. If it is None, there are no others. Candidates after the first are computed
-    on demand.
+    ``ranked`` are the scores of all engines, which order the others. If it is None, there are no others. Candidates
+    after the first are computed on demand.
     """
     first = _column_of_running(context.view, scores)
     if first is not None:
@@ -255,7 +255,7 @@ def _why(column: int, scores: Scores) -> str:
 
 
 def _prefix_decided(column: int, table: PriceTable, scores: Scores, cost: CostModel) -> bool:
-    """Return whether the engine is best only due to a cached prefix: without caches, another would be better."""
+    """Return whether the engine has cached a prefix and would not have the best score if no engine had one."""
     if column not in scores.cached_tokens:
         return False
     tokens = prefill_tokens(scores.request, table, {})

@@ -231,10 +231,10 @@ def most_groups(tokens: int, slots: int, blocks: Blocks) -> int:
 class Workspace:
     """Scratch memory that all launches on one stream share. Each call of ``add_lora`` overwrites it.
 
-    ``planes`` float32 [split, tokens, plane_width] holds the partial sums of each part of K. ``hidden`` [2, tokens, 3 *
-    max_rank], in the pool's dtype, holds h and its rounding remainder. Three int32 counters are zero between launches:
-    ``tile_parts`` (finished parts of each tile), ``group_tiles`` (finished tiles of each group) and ``ticket_counter``
-    (work items handed out, finished programs).
+    ``planes`` float32 [split, tokens, plane_width] holds the partial sums of h = x @ A^T, one plane per part of the
+    input features. ``hidden`` [2, tokens, 3 * max_rank], in the pool's dtype, holds h and its rounding remainder. Three
+    int32 arrays of counters are zero between launches: ``tile_parts`` (finished parts of each tile), ``group_tiles``
+    (finished tiles of each group) and ``ticket_counter`` (work items handed out, finished programs).
     """
 
     def __init__(
@@ -268,7 +268,7 @@ class Workspace:
 
 
 class LoraWork:
-    """Work lists of each (layer, module) for steps of up to ``tokens`` tokens, one step at a time.
+    """The work lists of one step of up to ``tokens`` tokens, for each (layer, module). ``plan`` overwrites them.
 
     The buffers' addresses never change. For steps of equal size, ``plan`` makes equal launches and reads nothing back,
     so one captured graph works for all of these steps.

@@ -221,7 +221,7 @@ class EvictionPolicy:
 def describe_eviction(victim: PoolEntry, victims: int, adapter: AdapterRef, now: float) -> str:
     """Return the logged reason for evicting ``victim``. ``victims`` is the number of adapters evicted together."""
     unused = f"unused for {now - victim.used_s:.1f} s"
-    together = f" together with {victims - 1} others" if victims > 1 else ""
+    together = f" in a group of {victims}" if victims > 1 else ""
     if victim.planned:
         why = f"a request waits and only adapters that the plan pins could make room ({unused})"
     elif victims > 1:

@@ -77,7 +77,7 @@ class PlannedLoads:
         self.newest_epoch = max(self.newest_epoch, epoch)
         if self._epoch is not None and self._epoch <= epoch:
             for version in self.missing.keys() - kept:
-                self.fail(version, f"epoch {epoch} does without it")
+                self.fail(version, f"epoch {epoch} does not include it")
 
     def pin_loaded(self, version: str) -> None:
         if self.missing.pop(version, None) is not None:
@@ -181,7 +181,7 @@ class Residency:
         A plan older than the newest one is refused, because its planner has been replaced.
         """
         if epoch < self.plan_epoch:
-            late = f"epoch {epoch} is older than epoch {self.plan_epoch}, which was asked for here already"
+            late = f"epoch {epoch} is older than epoch {self.plan_epoch}, which this engine already received"
             return [PlanReady(epoch, dict.fromkeys((a.version for a in adapters), late))]
         answers = self._plan.begin(epoch, adapters)
         for adapter in adapters:
@@ -353,7 +353,7 @@ class Residency:
         return nothing_ends or not self.pool.eviction.fits_beside_plan(adapter)
 
     def _load_followers(self, current: LoadPass) -> None:
-        """Load PATTERN candidates. One of the ``max_loads`` concurrent loads is left for the next request."""
+        """Prefetch adapters that usually follow recent requests. Leaves one load of ``max_loads`` for a request."""
         for adapter in self._candidates.of_kind(PrefetchKind.PATTERN):
             if self.pool.loading < self._max_loads - 1 and adapter.version not in self.pool:
                 self._load_candidate(adapter, PrefetchKind.PATTERN, current)

@@ -57,7 +57,9 @@ T = TypeVar("T")
 
 
 class SlabReadError(Exception):
-    """A slab could not be read. ``code`` is ``not_found``, ``timeout``, ``corrupt``, ``mismatch`` or the source's code.
+    """A slab could not be read.
+
+    ``code`` is ``not_found``, ``timeout``, ``corrupt``, ``mismatch``, ``internal`` or the source's code.
 
     ``is_temporary`` means that the read may soon succeed from the same source. ``other_transport`` means that it may
     succeed over another transport of the same peer.
@@ -129,8 +131,8 @@ def check_header(adapter: AdapterRef, frame: Frame | None, claimed_bytes: int, o
 class StoreSource:
     """Reads a slab in chunks from the store over the bus. Errors are temporary while the store restarts.
 
-    A chunk that is not answered within ``timeout_s`` ends the read. The loader reads again until its own deadline, so
-    that a lost message does not delay a load until then.
+    A chunk that is not answered within ``timeout_s`` ends the read. The loader then reads again,
+    so a lost message costs ``timeout_s`` and not the load's whole deadline.
     """
 
     source = FROM_STORE

@@ -63,7 +63,7 @@ _TEMPLATE = 'is not supported; if the model\'s chat template takes it, put it in
 
 
 def _refused(reason: str, fields: str, *also_neutral: Any) -> dict[str, FieldRefusal]:
-    """Map each name in ``fields`` (separated by spaces) to a refusal. ``also_neutral`` adds accepted values."""
+    """Map each name in ``fields`` (separated by spaces) to a refusal. ``also_neutral`` values ask for nothing."""
     return dict.fromkeys(fields.split(), FieldRefusal(reason, (*ASKS_FOR_NOTHING, *also_neutral)))
 
 

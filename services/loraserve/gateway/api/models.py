@@ -81,7 +81,7 @@ async def register(gateway: Gateway, name: str, path: str, replace: bool) -> Ada
     except RequestTimeoutError as error:
         raise store_silent(error) from error
     await gateway.registry.refresh()
-    gateway.log.info("adapter_loaded", adapter=name, version=done.adapter.version, created=done.created)
+    gateway.log.info("adapter_registered", adapter=name, version=done.adapter.version, created=done.created)
     return done.adapter
 
 

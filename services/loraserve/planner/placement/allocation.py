@@ -117,7 +117,9 @@ class Allocation:
                     queues.place(a)
 
     def replicate(self, utilisation: float, held: CopyMap) -> None:
-        """Add a second copy of each hot adapter, up to a byte limit. With padded cost, no engine's largest rank rises.
+        """Add a second copy of each hot adapter, up to a byte limit.
+
+        If the cost model is ``padded``, no copy may raise the largest rank of its engine.
 
         An adapter is hot if its work exceeds a fraction of the planned ``utilisation``. Engines in ``held``, which hold
         the adapter now, are preferred. For them, a smaller fraction suffices.
@@ -176,8 +178,9 @@ class Allocation:
 class _EngineQueues:
     """Adds missing copies and second copies, each on the first suitable engine.
 
-    With padded cost, engines whose largest rank would not rise are tried before the others. If the adapter has traffic,
-    engines are tried by least load, and after ``TRIES`` failures by most free bytes. Otherwise only by most free bytes.
+    If the cost model is ``padded``, engines whose largest rank would not rise are tried first. For an adapter with
+    traffic, the least loaded engines are tried, at most ``TRIES``, and then those with most free bytes. For an adapter
+    without traffic, the order is by most free bytes.
     """
 
     def __init__(self, allocation: Allocation) -> None:

@@ -31,7 +31,7 @@ packed by work, so that held copies of cold adapters do not displace hot ones.""
 
 
 def pack_bins(allocation: Allocation, filling: BinFilling, choice: EngineChoice, held: CopyMap) -> None:
-    """Add copies of unpinned adapters with traffic, heavy ones first. Held copies stay if budgets permit."""
+    """Add copies of unpinned adapters with traffic. Held copies stay if budgets permit."""
     packer = _Packer(allocation, filling, choice, held)
     pins = allocation.problem.pins
     adapters = [a for a in allocation.by_work if filling.class_of[a] != NO_CLASS and a not in pins]

@@ -213,7 +213,7 @@ def test_a_retire_gives_up_missing_adapters_of_a_plan_never_published() -> None:
     assert loads(made.start_loads([], 1.0, idle=True)) == ["b", "c"]
     (given_up,) = made.retire_copies(5, keep=("a",))
     assert isinstance(given_up, PlanReady)
-    assert given_up.failed == dict.fromkeys("bcd", "epoch 5 does without it")
+    assert given_up.failed == dict.fromkeys("bcd", "epoch 5 does not include it")
     assert [*made.complete_load("b"), *made.complete_load("c"), *made.start_loads([], 2.0, idle=True)] == []
     assert pins(made) == {"a": 5}
 
