@@ -15,8 +15,8 @@ A load passes through five layers. Each layer calls the next one, which returns 
     5 PoolMemory        is the pool, in host memory or on a GPU  <---------+
 
 The right branch: a peer's bytes go directly to a pool in host memory, and to a GPU over cuda_ipc and verbs. Otherwise,
-and for large reads in pieces, PeerTransports calls `stream` too. In both branches `arrived` tells AdapterLoader how many
-bytes are there. AdapterLoader updates `AnnouncedLoad`, so that steps can use the first layers, and verifies what
+and for large reads in pieces, PeerTransports calls `stream` too. In both branches `arrived` tells AdapterLoader how
+many bytes are there. AdapterLoader updates `AnnouncedLoad`, so that steps can use the first layers, and verifies what
 `LayersToVerify` returns.
 
 `load` calls these methods of AdapterLoader, each indented below its caller. Other methods call none of them.
