@@ -72,6 +72,7 @@ OPS = ["status", "adapters", "rebalance", "drain", "undrain", "story"]
         *OPS,
         "profile",
         "simulate",
+        "twin",
         "train_adapter",
         "bench",
         "tune_kernels",

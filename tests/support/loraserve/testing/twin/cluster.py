@@ -178,8 +178,9 @@ class Cluster:
     def abandon(self) -> None:
         """End all processes as kill -9 would."""
         self.loop.is_over = True
+        self.network.close()
         for name in list(self.running):
-            self._end(name).process.kill()
+            self.running.pop(name).process.kill()
         for task in self.loop.tasks:
             task.cancel()
         self.loop.call_later(0.1, self.loop.stop)
