@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loraserve.bus import wire
-from loraserve.bus.endpoint import LATE_TIMER_S
+from loraserve.bus.endpoint import AFTER_PAUSE_S, LATE_TIMER_S
 from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.messages import PROTOCOL_VERSION, Ping, Pong
 from loraserve.testing.clock import DeadlockError, run_virtual
@@ -154,5 +154,22 @@ def test_a_request_whose_process_was_paused_past_its_timeout_waits_for_the_answe
         await asyncio.sleep(0.05)
         peer.respond(question, PONG)
         assert await asking == PONG
+
+    asyncio.run(scenario())
+
+
+def test_a_request_times_out_although_the_event_loop_is_always_slow() -> None:
+    async def scenario() -> None:
+        network = MemoryNetwork()
+        asker = network.bus("asker", None)
+        network.bus("peer", Ping)
+        asking = asyncio.ensure_future(asker.request("peer", Ping(), Pong, 0.1))
+        for _ in range(8):
+            await asyncio.sleep(0)
+            if not asking.done():
+                time.sleep(AFTER_PAUSE_S + 2 * LATE_TIMER_S)  # noqa: ASYNC251
+        assert asking.done()
+        with pytest.raises(RequestTimeoutError):
+            await asking
 
     asyncio.run(scenario())

@@ -148,7 +148,7 @@ class Endpoint(ABC):
         waiting = Waiting(peer, loop.create_future())
         self._waiting[correlation] = waiting
         # ``call_later`` takes a fifth of the time of asyncio.timeout.
-        waiting.timer = loop.call_later(timeout_s, _expire, waiting, loop.time() + timeout_s)
+        waiting.timer = loop.call_later(timeout_s, _expire_unless_paused, waiting, loop.time() + timeout_s)
         try:
             if not self._transmit(peer, message, wire.pack_message(wire.REQUEST, correlation, message, frames)):
                 raise RequestTimeoutError(f"{type(message).__name__} to {peer}: the queue for it is full")
@@ -238,12 +238,20 @@ class Endpoint(ABC):
         return decoder
 
 
-def _expire(waiting: Waiting, due_s: float) -> None:
+def _expire_unless_paused(waiting: Waiting, due_s: float) -> None:
+    """Fail the request, after a pause of this process only AFTER_PAUSE_S later.
+
+    It is put off once. In an event loop that is always slow, every timer is late.
+    """
     loop = asyncio.get_running_loop()
-    late_s = loop.time() - due_s
-    if late_s > LATE_TIMER_S:
-        waiting.timer = loop.call_later(AFTER_PAUSE_S, _expire, waiting, loop.time() + AFTER_PAUSE_S)
-    elif not waiting.answer.done():
+    if loop.time() - due_s > LATE_TIMER_S:
+        waiting.timer = loop.call_later(AFTER_PAUSE_S, _expire, waiting)
+    else:
+        _expire(waiting)
+
+
+def _expire(waiting: Waiting) -> None:
+    if not waiting.answer.done():
         waiting.answer.set_exception(TimeoutError())
 
 
