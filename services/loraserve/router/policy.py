@@ -5,7 +5,8 @@
 1. Filter: exclude engines whose context length or adapter pool is too small, and those that failed an earlier attempt
    of a migrated request (``_filter``).
 2. Score: compute a score in seconds for each engine, mostly its predicted time to first token (``score.score``).
-3. Admit: refuse the request if every engine would take too long to start it (``_reject_overloaded``).
+3. Admit: refuse the request if every engine would take too long to start it (``_reject_overloaded``). Migrated
+   requests are not refused, because the cluster has accepted them already.
 4. Pick: take the engine with the lowest score. ``break_ties`` orders engines with nearly equal scores.
 
 ``route_by_shares`` (setting ``shares``) is the LoRAServe paper's routing. It draws a planned copy in proportion to the
@@ -49,7 +50,8 @@ def route_by_prediction(context: RoutingContext) -> Candidates | Rejected:
     ranked = put_fallbacks_last(scores.score, table)
     best = int(ranked.argmin())
     # If the engine with the best score is in time, no refusal is possible, so the check is skipped.
-    if table.fallbacks or scores.ttft_s.item(best) > slo.ttft_s * slo.reject_factor:
+    is_slow = table.fallbacks or scores.ttft_s.item(best) > slo.ttft_s * slo.reject_factor
+    if is_slow and not _is_migrated(context.request):
         refusal = _reject_overloaded(scores, table, context.cost, slo)
         if refusal is not None:
             return refusal
@@ -135,6 +137,10 @@ def _shares_by_column(context: RoutingContext) -> Mapping[int, float]:
 
 
 # Admit
+
+
+def _is_migrated(request: Route) -> bool:
+    return bool(request.generated or request.avoid)
 
 
 def _reject_overloaded(scores: Scores, table: PriceTable, cost: CostModel, slo: Slo) -> Rejected | None:

@@ -221,6 +221,13 @@ def test_an_idle_fallback_engine_does_not_prevent_rejection_for_overload(suspect
     assert first(alone)[0] == "e0", "where there is no other it serves"
 
 
+@pytest.mark.parametrize("change", [{"generated": 1}, {"avoid": ("e9",)}])
+def test_a_migrated_request_is_not_refused_for_overload(change: dict[str, Any]) -> None:
+    view = view_of(engine_seen("e0", waiting_prefill_tokens=50_000))
+    assert refusal(view, route_request()).code == "overloaded"
+    assert first(view, msgspec.structs.replace(route_request(), **change))[0] == "e0"
+
+
 def test_retry_after_is_at_least_one_second() -> None:
     view = view_of(engine_seen("e0", waiting_prefill_tokens=200))
     answer = refusal(view, route_request(), slo=Slo(ttft_s=0.1, reject_factor=1.0))
