@@ -93,7 +93,9 @@ def refused(code: str, message: str, retry_after_s: float = 1.0, param: str | No
             return bad_request(message, code=code)
         case "context_length":
             return bad_request(message, param, "context_length_exceeded")
-        case "no_engine" | "adapter_unavailable" | "engine_died" | "stream_interrupted" | "starting" | "timeout":
+        case "no_engine" | "starting" | "draining" | "timeout" | "engine_died" | "stream_interrupted":
+            return unavailable(message, code, retry_after_s)
+        case "adapter_unavailable" | "adapter_damaged":
             return unavailable(message, code, retry_after_s)
         case _:
             return ApiError(500, message, type_=SERVER, code=code)

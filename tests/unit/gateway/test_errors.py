@@ -18,6 +18,8 @@ from loraserve.gateway.errors import INVALID, bad_request, model_not_found, refu
         ("adapter_unavailable", 503),
         ("engine_died", 503),
         ("stream_interrupted", 503),
+        ("draining", 503),
+        ("adapter_damaged", 503),
         ("engine_error", 500),
         ("anything else", 500),
     ],

@@ -77,7 +77,7 @@ class Scheduler:
             case RequestAborted(request_id):
                 instructions = self._abort(request_id, now)
             case HandOver():
-                text = "its engine stops"
+                text = "its engine stops; send it again"
                 live = [sequence for sequence in self.waiting + self.running if sequence.state is not ENDING]
                 instructions = [self._reject(sequence, "draining", text, now) for sequence in live]
             case StepDone(result):
