@@ -208,11 +208,13 @@ class Generation:
         gateway = self._gateway
         asked_s = gateway.clock.monotonic_s()
         deadline_s = self._arrived_s + gateway.config.gateway.request_timeout_s - DEADLINE_MARGIN_S
-        asking = asyncio.create_task(_ask_router(gateway, route, choice.param, deadline_s))
+        abandoned = asyncio.Event()
+        asking = asyncio.create_task(_ask_router(gateway, route, choice.param, deadline_s, abandoned))
         try:
             routed = await asyncio.shield(asking)
         except asyncio.CancelledError:
             # The router may still send the request to an engine. That engine must then drop it.
+            abandoned.set()
             asking.add_done_callback(partial(_abort_if_routed, gateway))
             raise
         now = gateway.clock.monotonic_s()
@@ -267,10 +269,12 @@ async def generation(gateway: Gateway, choices: Sequence[ChoiceRequest], arrived
         run.close()
 
 
-async def _ask_router(gateway: Gateway, route: Route, param: str, deadline_s: float) -> Routed:
+async def _ask_router(
+    gateway: Gateway, route: Route, param: str, deadline_s: float, abandoned: asyncio.Event
+) -> Routed:
     """Return the router's answer. Raises ApiError if the router refuses, or does not answer until the deadline."""
     try:
-        answer = await _ask_until_answered(gateway, route, deadline_s)
+        answer = await _ask_until_answered(gateway, route, deadline_s, abandoned)
     except RequestTimeoutError as error:
         raise unavailable(f"The router did not answer ({error}); try again", "router_unavailable") from error
     except PeerError as error:
@@ -283,11 +287,12 @@ async def _ask_router(gateway: Gateway, route: Route, param: str, deadline_s: fl
     raise TypeError(f"the router answered {type(answer).__name__}")
 
 
-async def _ask_until_answered(gateway: Gateway, route: Route, deadline_s: float) -> Any:
+async def _ask_until_answered(gateway: Gateway, route: Route, deadline_s: float, abandoned: asyncio.Event) -> Any:
     """Ask the router, and ask again if it dies or its answer is lost. A router that restarts needs a few seconds.
 
-    While the router routes a request, it gives the same answer to all questions about it. A router that died may have
-    sent the request to an engine. That engine is told to abort it when its tokens arrive.
+    After ``abandoned`` is set, it is not asked again. Otherwise the router would start all requests whose clients left
+    during its absence. While the router routes a request, it gives the same answer to all questions about it. A router
+    that died may have sent the request to an engine. That engine is told to abort it when its tokens arrive.
     """
     wait_s = FIRST_RETRY_S
     while True:
@@ -295,13 +300,13 @@ async def _ask_until_answered(gateway: Gateway, route: Route, deadline_s: float)
         timeout_s = max(0.0, min(gateway.config.gateway.route_timeout_s, left_s))
         try:
             return await gateway.bus.request(ROUTER, route, ROUTER_ANSWER, timeout_s)
-        except RequestTimeoutError:
-            if gateway.clock.monotonic_s() + wait_s >= deadline_s:
+        except (RequestTimeoutError, PeerError) as error:
+            is_refusal = isinstance(error, PeerError) and error.code != "starting"
+            if is_refusal or gateway.clock.monotonic_s() + wait_s >= deadline_s:
                 raise
-        except PeerError as error:
-            if error.code != "starting" or gateway.clock.monotonic_s() + wait_s >= deadline_s:
+            await asyncio.sleep(wait_s)
+            if abandoned.is_set():
                 raise
-        await asyncio.sleep(wait_s)
         wait_s = min(2 * wait_s, LONGEST_RETRY_S)
 
 

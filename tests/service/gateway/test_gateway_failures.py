@@ -167,6 +167,21 @@ def test_a_client_that_leaves_during_routing_aborts_its_request(start_gateway: S
     asyncio.run(scenario())
 
 
+def test_the_router_is_not_asked_again_for_a_client_that_has_left(start_gateway: Start) -> None:
+    async def scenario() -> None:
+        async with start_gateway("gateway.route_timeout_s=0.1") as gateway:
+            gateway.cluster.route_silent = True
+            call = asyncio.create_task(gateway.post("/v1/chat/completions", chat()))
+            await gateway.until(lambda: len(gateway.cluster.routes) == 2, "the router to be asked again")
+            call.cancel()
+            await gateway.until(lambda: not len(gateway.service.gateway.streams), "the gateway to notice")
+            asked = len(gateway.cluster.routes)
+            await asyncio.sleep(0.6)
+            assert len(gateway.cluster.routes) == asked
+
+    asyncio.run(scenario())
+
+
 def text_of(events: list[Any]) -> str:
     """Return the text of a streamed answer with one choice."""
     assert events[-1] == "[DONE]"
