@@ -180,7 +180,8 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     route_timeout_s: Seconds = 10.0
     """The gateway asks the router again after this time without an answer, until the request's deadline."""
     max_attempts: Positive = 8
-    """Most engines that run a request one after the other, if they die or fail it."""
+    """Most engines that run a request one after the other, if they die or fail it. Engines that drain after they added
+    to the output do not count."""
     migrate_timeout_s: Seconds = 30.0
     """Longest time to find another engine for a request whose engine died or failed it."""
     drain_timeout_s: Seconds = 8.0

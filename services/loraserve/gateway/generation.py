@@ -170,8 +170,8 @@ class Generation:
             generated=stream.received_tokens,
             avoid=stream.attempts.avoid,
         )
-        if stream.attempts.number > 1:
-            await asyncio.sleep(min(FIRST_RETRY_S * 2 ** (stream.attempts.number - 2), LONGEST_RETRY_S))
+        if stream.attempts.failed > 1:
+            await asyncio.sleep(min(FIRST_RETRY_S * 2 ** (stream.attempts.failed - 2), LONGEST_RETRY_S))
         try:
             await (self._try_alone if alone else self._route_again)(choice, stream, route)
         except ApiError as error:

@@ -70,14 +70,20 @@ def may_migrate(code: str, received_tokens: int) -> bool:
 
 
 class Attempts:
-    """The attempts of one request. ``number`` is 0 for the first."""
+    """The attempts of one request. ``number`` is 0 for the first.
+
+    ``failed`` counts those that failed. An engine that made progress and then handed the request over, because it
+    drains, did not fail it. So a long request outlives any number of planned restarts.
+    """
 
     def __init__(self, max_attempts: int) -> None:
         self.number = 0
+        self.failed = 0
         self.on_trial = False
         self._max_attempts = max_attempts
         self._avoid: dict[str, None] = {}
         self._last: Interruption | None = None
+        self._received_tokens = 0
         self._tokens_at_fatal: int | None = None
         self._is_suspect = False
 
@@ -91,6 +97,8 @@ class Attempts:
         if interruption.cause is not Cause.LOST:
             self._avoid[interruption.engine] = None
         self._last = interruption
+        made_progress, self._received_tokens = received_tokens > self._received_tokens, received_tokens
+        self.failed += not (made_progress and interruption.cause is Cause.REFUSED)
         is_fatal = interruption.cause in FATAL
         self._is_suspect = is_fatal and received_tokens == self._tokens_at_fatal
         if is_fatal:
@@ -104,7 +112,7 @@ class Attempts:
                 return Verdict.QUARANTINE
             if self._last.cause is Cause.STEP_FAILED and self.on_trial:
                 return Verdict.GIVE_UP
-        if self.number + 1 >= self._max_attempts:
+        if self.failed >= self._max_attempts:
             return Verdict.GIVE_UP
         self.number += 1
         return Verdict.TRY_ALONE if self._is_suspect else Verdict.MIGRATE

@@ -38,6 +38,19 @@ def test_attempts_are_bounded() -> None:
     assert attempts.number == 2
 
 
+def test_a_request_outlives_any_number_of_planned_restarts() -> None:
+    attempts = Attempts(max_attempts=2)
+    for tokens in (1, 2, 3, 4):
+        attempts.note(interruption(Cause.REFUSED), tokens)
+        assert attempts.decide(0) is Verdict.MIGRATE
+    assert (attempts.number, attempts.failed) == (4, 0)
+    verdicts = []
+    for _ in range(2):
+        attempts.note(interruption(Cause.REFUSED), 4)
+        verdicts.append(attempts.decide(0))
+    assert verdicts == [Verdict.MIGRATE, Verdict.GIVE_UP], "without progress they count"
+
+
 def test_engines_that_failed_the_request_are_avoided_and_lossy_connections_are_not() -> None:
     attempts = Attempts(max_attempts=9)
     for cause, engine in ((Cause.REFUSED, "e0"), (Cause.LOST, "e1"), (Cause.SILENT, "e2"), (Cause.REFUSED, "e0")):
