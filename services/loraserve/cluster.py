@@ -305,20 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     start.set_defaults(run=up)
     stop = commands.add_parser("down", help="stop the cluster", description="Stop the cluster of a data folder.")
     stop.set_defaults(run=down)
-    again = commands.add_parser(
-        "restart",
-        help="restart processes without interrupting requests",
-        description="Restart processes of a running cluster, one after the other, without interrupting requests.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=RESTART_EXAMPLES,
-    )
-    again.add_argument("process", nargs="*", metavar="PROCESS", help="such as gateway-0; default: every process")
-    again.add_argument("--force", action="store_true", help="restart an engine even if no other one is ready")
-    again.add_argument(
-        "--timeout", type=float, default=300.0, metavar="SECONDS", help="longest time for each process (300)"
-    )
-    again.set_defaults(run=restart)
-    for command in (start, stop, again):
+    for command in (start, stop, _add_restart(commands)):
         command.add_argument(
             "--data", metavar="DIR", help=f"model, adapters and logs; default: {_home_relative(default_data_dir())}"
         )
@@ -327,6 +314,25 @@ def _parser() -> argparse.ArgumentParser:
             "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="one setting; may be repeated"
         )
     return parser
+
+
+def _add_restart(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        "restart",
+        help="restart processes without interrupting requests",
+        description="Restart processes of a running cluster, one after the other, without interrupting requests.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=RESTART_EXAMPLES,
+    )
+    command.add_argument("process", nargs="*", metavar="PROCESS", help="such as gateway-0; default: every process")
+    command.add_argument("--force", action="store_true", help="restart an engine even if no other one is ready")
+    command.add_argument(
+        "--timeout", type=float, default=300.0, metavar="SECONDS", help="longest time for each process (300)"
+    )
+    command.set_defaults(run=restart)
+    return command
 
 
 def _home_relative(path: Path) -> str:

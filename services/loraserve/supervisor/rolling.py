@@ -108,7 +108,7 @@ class RollingRestart:
         try:
             await self._wait(lambda: not is_ours(pid), f"{name}: finishing its work", timeout_s)
         except RestartError:
-            self._say(f"{name}: did not end within {timeout_s:.0f} s of SIGTERM, killing it")
+            self._say(f"{name}: did not end within {timeout_s:g} s of SIGTERM, killing it")
             _signal(pid, signal.SIGKILL)
             return False
         return True
@@ -129,7 +129,7 @@ class RollingRestart:
                 self._say(f"{name}: {doing} ... {now - started_s:.0f} s")
             await asyncio.sleep(POLL_S)
         log_dir = self._config.cluster.log_dir or read_log_dir(self._run_dir)
-        raise RestartError(f"{name} is not ready after {self._timeout_s:.0f} s; see {log_dir}/{name}.log")
+        raise RestartError(f"{name} is not ready after {self._timeout_s:g} s; see {log_dir}/{name}.log")
 
     async def _wait(self, condition: Callable[[], bool], what: str, timeout_s: float | None = None) -> None:
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
@@ -137,7 +137,7 @@ class RollingRestart:
         while not condition():
             now = time.monotonic()
             if now - started_s > timeout_s:
-                raise RestartError(f"{what} took more than {timeout_s:.0f} s; scripts/status shows the processes")
+                raise RestartError(f"{what} took more than {timeout_s:g} s; scripts/status shows the processes")
             if now - reported_s >= PROGRESS_INTERVAL_S:
                 reported_s = now
                 self._say(f"{what} ... {now - started_s:.0f} s")
