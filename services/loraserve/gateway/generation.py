@@ -221,7 +221,7 @@ class Generation:
         gateway.metrics.route_s.observe(now - asked_s)
         gateway.tell_story(stream.request_id, f"accepted by {routed.engine}, {routed.why}")
         self._engines.add(routed.engine)
-        for other in stream.set_engine(routed.engine, routed.incarnation, now):
+        for other in gateway.streams.set_engine(stream, routed.engine, routed.incarnation, now):
             gateway.abort(other, stream.request_id, "routed_elsewhere")
 
     def _observe_tokens(self, index: int, tokens: int) -> None:

@@ -28,6 +28,9 @@ from loraserve.messages import (
 ABORT_INTERVAL_S = 1.0
 """Minimum time between two aborts of the same request."""
 
+ENDED_KEPT = 256
+"""Maximum number of ended engine incarnations that the table remembers."""
+
 CLOSED_KEPT = 4096
 """Maximum number of ended requests that the table remembers."""
 
@@ -223,6 +226,8 @@ class StreamTable:
         self.stray_deltas = 0
         self.duplicate_tokens = 0
         self._streams: dict[str, Stream] = {}
+        self._ended: OrderedDict[tuple[str, str], None] = OrderedDict()
+        """Engine incarnations whose processes ended."""
         self._closed: OrderedDict[str, float] = OrderedDict()
         """For each request without a stream, the time of its last abort or of its end."""
 
@@ -242,6 +247,13 @@ class StreamTable:
         self._note_closed(stream.request_id, now - ABORT_INTERVAL_S)
         stream.begin_attempt(f"{stream.first_id}.{stream.attempts.number}")
         self._streams[stream.request_id] = stream
+
+    def set_engine(self, stream: Stream, engine: str, incarnation: str, now: float) -> set[str]:
+        """Call ``Stream.set_engine``. Interrupt the stream if the engine's process ended before the router's answer."""
+        others = stream.set_engine(engine, incarnation, now)
+        if (engine, incarnation) in self._ended:
+            _interrupt_together([(stream, _engine_died(stream, Cause.DIED, "its process ended"))])
+        return others
 
     def close(self, stream: Stream, now: float) -> None:
         """Remove a stream. ``on_batch`` returns the id of its request if tokens arrive ABORT_INTERVAL_S later."""
@@ -284,6 +296,9 @@ class StreamTable:
     def on_engine_gone(self, gone: EngineGone) -> None:
         """Interrupt the streams of an engine whose process ended."""
         if gone.ended:
+            self._ended[gone.engine, gone.incarnation] = None
+            if len(self._ended) > ENDED_KEPT:
+                self._ended.popitem(last=False)
             streams = [s for s in self._running() if (s.engine, s.incarnation) == (gone.engine, gone.incarnation)]
             _interrupt_together([(stream, _engine_died(stream, Cause.DIED, "its process ended")) for stream in streams])
 

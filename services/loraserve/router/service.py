@@ -104,9 +104,12 @@ class RouterService(Service):
     async def _route(self, request: Route) -> None:
         try:
             answer = await self._choose_engine(request)
-        finally:
-            envelopes = self._routing.pop(request.request_id)
-        for envelope in envelopes:
+        except Exception:
+            # The service refuses only the message that started this task.
+            for envelope in self._routing.pop(request.request_id):
+                self.bus.refuse(envelope, "internal", "the router failed; try again")
+            raise
+        for envelope in self._routing.pop(request.request_id):
             self.bus.respond(envelope, answer)
 
     async def _choose_engine(self, request: Route) -> Routed | Rejected:

@@ -331,3 +331,13 @@ def test_a_refusal_that_another_engine_may_not_give_interrupts(code: str, tokens
     here.table.on_batch(batch(TokenDelta("a", 0, tuple(range(tokens)))), 0.0)
     here.table.on_failed(Failed(request_id="a", engine="engine-0", code=code, message="why"))
     assert here.streams["a"].state is (StreamState.INTERRUPTED if migrates else StreamState.FAILED)
+
+
+def test_an_engine_that_ended_before_the_router_s_answer_interrupts_its_stream_at_once() -> None:
+    here = Table("a", route=False)
+    here.table.on_engine_gone(EngineGone(engine="engine-0", incarnation=INCARNATION, ended=True))
+    assert here.table.set_engine(here.streams["a"], "engine-0", INCARNATION, 0.1) == set()
+    assert interruption(here.streams["a"]).code == "engine_died"
+    other = here.table.open("b", 0, here.wake)
+    here.table.set_engine(other, "engine-0", "b" * 16, 0.1)
+    assert other.state is StreamState.RUNNING
