@@ -13,6 +13,7 @@ from loraserve.messages import (
     Abort,
     Admit,
     Admitted,
+    ClusterLoad,
     EngineSeen,
     Expect,
     ExpectAdapter,
@@ -25,6 +26,7 @@ from loraserve.messages import (
     ToEngine,
     ToRouter,
 )
+from loraserve.router.engine_view import MAX_AVOIDANCE_S
 from loraserve.router.service import FIRST_LOAD_TIMEOUT_S, RouterService
 from loraserve.testing.clock import LoopClock, run_virtual
 from loraserve.testing.memory_bus import MemoryNetwork
@@ -335,6 +337,48 @@ def test_an_engine_that_stays_silent_is_asked_last_until_it_answers_again() -> N
         assert again.engine == "e0"
 
     run_scenario(scenario, silent, takes)
+
+
+async def publish_unheard(harness: RouterHarness, **ended: bool) -> None:
+    """Publish the load of a monitor that hears none of the named engines, and knows which of them ended."""
+    harness.sequence += 1
+    seen = (msgspec.structs.replace(engine_seen(name), alive=False, ended=over) for name, over in ended.items())
+    load = ClusterLoad(incarnation="m1", sequence=harness.sequence, engines=tuple(seen))
+    harness.monitor.publish("load", load)
+    await asyncio.sleep(0.01)
+
+
+def test_engines_that_a_cut_off_monitor_does_not_hear_are_asked_unless_they_ended() -> None:
+    async def scenario(harness: RouterHarness) -> None:
+        for ended in ("e0", "e1"):
+            await publish_unheard(harness, e0=ended == "e0", e1=ended == "e1")
+            answer = await harness.route()
+            assert isinstance(answer, Routed)
+            assert answer.engine != ended
+        await publish_unheard(harness, e0=True, e1=True)
+        assert isinstance(await harness.route(), Rejected)
+
+    run_scenario(scenario, takes, takes)
+
+
+def test_engines_that_neither_the_monitor_nor_the_router_reaches_are_asked_rarely() -> None:
+    async def scenario(harness: RouterHarness) -> None:
+        loop = asyncio.get_running_loop()
+        waited = []
+        for _ in range(4):
+            await publish_unheard(harness, e0=False)
+            began_s = loop.time()
+            answer = await harness.route()
+            assert isinstance(answer, Rejected)
+            assert answer.code == "no_engine"
+            waited.append(loop.time() - began_s > 0.5 * ADMIT_TIMEOUT_S)
+        assert waited == [True, True, False, False]
+        harness.engines[0].script = takes
+        await asyncio.sleep(MAX_AVOIDANCE_S)
+        await publish_unheard(harness, e0=False)
+        assert isinstance(await harness.route(), Routed), "it is tried again after a while"
+
+    run_scenario(scenario, silent)
 
 
 def test_a_question_repeated_while_the_first_is_open_gets_the_same_answer() -> None:

@@ -7,12 +7,17 @@ from loraserve.messages.engine_monitor import EngineCapabilities, EngineCounters
 
 
 class EngineSeen(msgspec.Struct, frozen=True, kw_only=True):
-    """The last load report of an engine. ``age_s`` is its age at publication. If it is too old, ``alive`` is False."""
+    """The last load report of an engine. ``age_s`` is its age at publication.
+
+    ``alive`` is False if the report is too old or the process ended. ``ended`` is True only if the process certainly
+    ended; otherwise the engine may run without a connection to the monitor.
+    """
 
     load: EngineLoad
     capabilities: EngineCapabilities
     age_s: float
     alive: bool
+    ended: bool = False
 
     @property
     def engine(self) -> str:

@@ -1,9 +1,10 @@
 """The gateway process: serves HTTP and communicates with the cluster over the bus."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
@@ -15,6 +16,7 @@ from loraserve.gateway.api.app import make_app
 from loraserve.gateway.context import Gateway
 from loraserve.gateway.errors import unavailable
 from loraserve.gateway.metrics import ClusterCollector, GatewayMetrics, StreamCollector
+from loraserve.gateway.probe import EngineProbe
 from loraserve.gateway.registry import STORE, RegistryCopy
 from loraserve.gateway.streams import StreamTable
 from loraserve.gateway.text.tokenizer import ModelTokenizer
@@ -93,6 +95,10 @@ class GatewayService(Service):
     def story_subjects(self, subjects: Sequence[str]) -> Sequence[str]:
         stories, adapters = self.gateway.stories, self.gateway.registry.adapters
         return list(dict.fromkeys(found for id_ in subjects for found in stories.subjects(id_, adapters)))
+
+    def loops(self) -> list[Coroutine[Any, Any, None]]:
+        dead_after_s = self.config.monitor.dead_after_s
+        return [EngineProbe(self.bus, self.clock, self.gateway.streams, dead_after_s, self.spawn).run()]
 
     async def handle(self, envelope: Envelope) -> None:
         now = self.clock.monotonic_s()

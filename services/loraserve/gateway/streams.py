@@ -37,6 +37,9 @@ CLOSED_KEPT = 4096
 RECENT_TOKENS_S = 1.0
 """Unless its process ended, an engine counts as alive this long after routing and after its last tokens."""
 
+QUIET_S = 0.5
+"""An engine that sent nothing for this time is pinged, if it runs streams of this gateway."""
+
 END_LOST_AFTER_S = 1.5
 """If a report made this long after a request's last token omits the request, its last TokenDelta was lost."""
 
@@ -263,7 +266,7 @@ class StreamTable:
 
     def on_batch(self, batch: TokenBatch, now: float) -> list[str]:
         """Deliver the tokens of one batch. Returns the ids of requests that the sending engine must drop."""
-        self.watch.note_tokens(batch.engine, batch.incarnation, now)
+        self.watch.note_heard(batch.engine, batch.incarnation, now)
         unwanted = []
         for delta in batch.deltas:
             stream = self._streams.get(delta.request_id)
@@ -296,11 +299,26 @@ class StreamTable:
     def on_engine_gone(self, gone: EngineGone) -> None:
         """Interrupt the streams of an engine whose process ended."""
         if gone.ended:
-            self._ended[gone.engine, gone.incarnation] = None
-            if len(self._ended) > ENDED_KEPT:
-                self._ended.popitem(last=False)
-            streams = [s for s in self._running() if (s.engine, s.incarnation) == (gone.engine, gone.incarnation)]
-            _interrupt_together([(stream, _engine_died(stream, Cause.DIED, "its process ended")) for stream in streams])
+            self._end(gone.engine, gone.incarnation, "its process ended")
+
+    def on_restarted(self, engine: str, incarnation: str) -> None:
+        """Interrupt the streams of an engine of which another incarnation answered."""
+        self._end(engine, incarnation, "it was restarted")
+
+    def quiet_engines(self, now: float) -> list[tuple[str, str]]:
+        """Return the engines, with their incarnations, that run streams and sent nothing for QUIET_S."""
+        routed_s: dict[tuple[str, str], float] = {}
+        for stream in self._running():
+            pair = stream.engine, stream.incarnation
+            routed_s[pair] = min(stream.routed_s, routed_s.get(pair, now))
+        return [pair for pair, since_s in routed_s.items() if now - self.watch.heard_s(*pair, since_s) >= QUIET_S]
+
+    def on_no_answer(self, engine: str, incarnation: str, asked_s: float) -> None:
+        """Interrupt the streams of an engine that neither answered a ping sent at ``asked_s`` nor sent tokens since."""
+        for stream in self._running():
+            is_there = (stream.engine, stream.incarnation) == (engine, incarnation)
+            if is_there and self.watch.heard_s(engine, incarnation, stream.routed_s) < asked_s:
+                stream.interrupt(_engine_died(stream, Cause.SILENT, "it does not answer this gateway"))
 
     def fail_all(self, error: ApiError) -> None:
         for stream in self._streams.values():
@@ -315,6 +333,13 @@ class StreamTable:
             assert stream.engine or not stream.received_tokens or stream.attempts.number
             assert stream.interruption is not None or not stream.attempts.number
             assert not (stream.engine and stream._early)
+
+    def _end(self, engine: str, incarnation: str, why: str) -> None:
+        self._ended[engine, incarnation] = None
+        if len(self._ended) > ENDED_KEPT:
+            self._ended.popitem(last=False)
+        streams = [s for s in self._running() if (s.engine, s.incarnation) == (engine, incarnation)]
+        _interrupt_together([(stream, _engine_died(stream, Cause.DIED, why)) for stream in streams])
 
     def _running(self) -> list[Stream]:
         return [stream for stream in self._streams.values() if stream.state is StreamState.RUNNING]
@@ -353,8 +378,8 @@ class EngineWatch:
         self._dead_after_s = dead_after_s
         self._monitor = ""
         self._monitor_since_s = 0.0
-        self._tokens_s: dict[str, tuple[str, float]] = {}
-        """For each engine, the incarnation that last sent tokens, and when."""
+        self._heard_s: dict[str, tuple[str, float]] = {}
+        """For each engine, the incarnation that last sent tokens or answered a ping, and when."""
 
     def note_cluster_load(self, load: ClusterLoad, now: float) -> None:
         """Store a publication of the monitor. Report times are ``now`` minus the published ages."""
@@ -369,8 +394,14 @@ class EngineWatch:
     def note_statistics(self, counters: dict[str, EngineCounters]) -> None:
         self.counters = counters
 
-    def note_tokens(self, engine: str, incarnation: str, now: float) -> None:
-        self._tokens_s[engine] = (incarnation, now)
+    def note_heard(self, engine: str, incarnation: str, now: float) -> None:
+        """Record that the engine sent tokens or answered a ping."""
+        self._heard_s[engine] = (incarnation, now)
+
+    def heard_s(self, engine: str, incarnation: str, routed_s: float) -> float:
+        """Return when the engine incarnation was last heard, at the earliest ``routed_s``."""
+        sender, heard_s = self._heard_s.get(engine, ("", 0.0))
+        return max(routed_s, heard_s) if sender == incarnation else routed_s
 
     def ready_engines(self, now: float) -> list[str]:
         """Return the engines that accept requests, or none if the last publication is older than 4 * dead_after_s."""
@@ -380,8 +411,7 @@ class EngineWatch:
 
     def death_of(self, engine: str, incarnation: str, routed_s: float, now: float) -> tuple[Cause, str] | None:
         """Return the cause and the reason if the engine incarnation died after ``routed_s``; None if it is alive."""
-        sender, tokens_s = self._tokens_s.get(engine, ("", 0.0))
-        alive_s = max(routed_s, tokens_s) if sender == incarnation else routed_s
+        alive_s = self.heard_s(engine, incarnation, routed_s)
         if now - alive_s < RECENT_TOKENS_S:
             return None
         report = self.reports.get(engine)

@@ -61,6 +61,7 @@ class Liveness:
                 capabilities=last.capabilities,
                 age_s=now - last.at_s,
                 alive=last.is_alive(now, self._dead_after_s),
+                ended=last.ended,
             )
             for _, last in sorted(self._reports.items())
         )

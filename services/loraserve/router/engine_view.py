@@ -95,6 +95,7 @@ class EngineView(msgspec.Struct):
         avoided_since_s: When the engine began to be avoided because of timeouts; None if it is not avoided.
         avoidance_s: Seconds after which a report of the live engine ends the avoidance.
         drained: Whether the plan drains the engine.
+        ended: Whether the engine's process certainly ended.
     """
 
     name: str
@@ -118,6 +119,7 @@ class EngineView(msgspec.Struct):
     avoided_since_s: float | None = None
     avoidance_s: float = 0.0
     drained: bool = False
+    ended: bool = False
 
     @property
     def requests(self) -> int:
@@ -126,6 +128,11 @@ class EngineView(msgspec.Struct):
     @property
     def is_ready(self) -> bool:
         return self.alive and self.load.state == "READY"
+
+    @property
+    def may_serve(self) -> bool:
+        """Return whether an engine that the monitor does not hear may serve requests, as far as this router knows."""
+        return not self.alive and not self.ended and self.load.state == "READY" and self.avoided_since_s is None
 
     @property
     def fallback_level(self) -> int:
@@ -154,15 +161,15 @@ class EngineView(msgspec.Struct):
         if load.incarnation != self.load.incarnation:
             self.pending, self.expected = {}, {}
             self.clear_timeouts()
-        self.load, self.capabilities, self.reported_s, self.alive = load, seen.capabilities, reported_s, seen.alive
+        self.load, self.capabilities, self.reported_s = load, seen.capabilities, reported_s
+        self.alive, self.ended = seen.alive, seen.ended
         self.loading = frozenset(load.adapters.loading)
         self.largest_extent_bytes = largest_extent_bytes(seen.capabilities.pool_bytes)
         self.room_bytes = load.memory.pool_room_bytes
         self._apply_adapters(load, known, decoded)
         self._recount_pending()
         if self.alive and self.avoided_since_s is not None and reported_s >= self.avoided_since_s + self.avoidance_s:
-            # A report does not prove that the engine serves requests. After one more timeout it is avoided for longer.
-            self.avoided_since_s, self.timeouts = None, TIMEOUTS_TO_AVOID - 1
+            self._try_again()
 
     def expect(self, version: str, now: float) -> None:
         self.expected.pop(version, None)
@@ -198,8 +205,17 @@ class EngineView(msgspec.Struct):
             self.avoided_since_s = now
             self.avoidance_s = min(MAX_AVOIDANCE_S, max(FIRST_AVOIDANCE_S, 2 * self.avoidance_s))
 
+    def retry_unheard(self, now: float) -> None:
+        """End the avoidance of an engine that the monitor does not hear after ``avoidance_s``: no report can end it."""
+        if not self.alive and self.avoided_since_s is not None and now >= self.avoided_since_s + self.avoidance_s:
+            self._try_again()
+
     def clear_timeouts(self) -> None:
         self.timeouts, self.avoided_since_s, self.avoidance_s = 0, None, 0.0
+
+    def _try_again(self) -> None:
+        # A report does not prove that the engine serves requests. After one more timeout it is avoided for longer.
+        self.avoided_since_s, self.timeouts = None, TIMEOUTS_TO_AVOID - 1
 
     def _recount_pending(self) -> None:
         self.pending_tokens = sum(p.tokens for p in self.pending.values())

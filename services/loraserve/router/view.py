@@ -3,6 +3,9 @@
 Requests that were sent after the last snapshot count as load. Otherwise a burst of requests would go to the single
 engine that looked best in that snapshot. If the monitor is silent, the last snapshot stays valid. Engines are asked
 last after two timeouts.
+
+A monitor that is cut off from all engines reports all of them dead, although this router may reach them. If no engine
+is alive, requests are therefore sent to those whose process did not certainly end, while they answer.
 """
 
 from collections.abc import Mapping
@@ -76,11 +79,16 @@ class ClusterView:
         if self.requests_per_s > 0:
             decode_tokens_per_s = sum(d.decode_tokens_per_s for d in demand)
             self.mean_output_tokens = max(1.0, decode_tokens_per_s / self.requests_per_s)
-        self._prices.set_engines([view for _, view in sorted(self.engines.items()) if view.is_ready])
+        for view in self.engines.values():
+            view.retry_unheard(now)
+        self._prices.set_engines(self._choosable())
         return True
 
     def ready_engines(self) -> list[EngineView]:
-        """Return the ready engines, including fallback engines, ordered by name."""
+        """Return the engines to choose from, ordered by name: the ready ones, including fallback engines.
+
+        If none is ready, those that the monitor does not hear but that may serve requests.
+        """
         return self._prices.engines
 
     def prices(self, cost: CostModel) -> PriceTable:
@@ -156,6 +164,8 @@ class ClusterView:
             view.drop_pending([request_id])
             view.record_timeout(now)
             self._prices.mark_changed(view)
+            if not view.alive:
+                self._prices.set_engines(self._choosable())
 
     def expire_pending(self, now: float) -> None:
         """Drop pending requests and expected adapters older than ``PENDING_TIMEOUT_S``."""
@@ -176,11 +186,15 @@ class ClusterView:
             assert views, f"{version} is listed for no engine"
             assert all(self.engines.get(name) is view for name, view in views.items()), f"{version}: a lost engine"
         ready = [view.name for view in self.ready_engines()]
-        assert ready == sorted(view.name for view in self.engines.values() if view.is_ready)
+        assert ready == [view.name for view in self._choosable()]
         assert len(self.running) <= MAX_RUNNING
         self._prices.validate()
         if self.prefixes is not None:
             self.prefixes.validate()
+
+    def _choosable(self) -> list[EngineView]:
+        views = [view for _, view in sorted(self.engines.items())]
+        return [view for view in views if view.is_ready] or [view for view in views if view.may_serve]
 
     def _validate_engine(self, name: str, view: EngineView) -> None:
         assert view.name == name == view.load.engine, f"{name} is listed under another name"

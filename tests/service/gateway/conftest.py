@@ -103,6 +103,8 @@ class FakeCluster:
     tokens_before_routed: bool = False
     engines: list[str] = field(default_factory=lambda: ["engine-0", "engine-1"])
     dead: set[str] = field(default_factory=set)
+    unheard: set[str] = field(default_factory=set)
+    """Engines that the monitor declares dead although they answer."""
     unreachable: set[str] = field(default_factory=set)
     incarnations: dict[str, str] = field(default_factory=lambda: {"engine-0": "e0" * 8, "engine-1": "e1" * 8})
     adapters: dict[str, AdapterRef] = field(default_factory=dict)
@@ -145,9 +147,9 @@ class FakeCluster:
 
     def answer(self, name: str, bus: Bus, envelope: Envelope) -> None:
         match envelope.message:
-            case Ping():
-                pong = Pong(name=name, state="READY", incarnation=bus.incarnation, pid=1, protocol=1)
-                bus.respond(envelope, pong)
+            case Ping() if name not in self.dead:
+                incarnation = self.incarnations.get(name, bus.incarnation)
+                bus.respond(envelope, Pong(name=name, state="READY", incarnation=incarnation, pid=1, protocol=1))
             case Route() as route:
                 self.tasks.append(asyncio.create_task(self.route(bus, envelope, route)))
             case Expect() as expect:
@@ -215,7 +217,7 @@ class FakeCluster:
             await asyncio.sleep(0.05)
 
     def seen(self, name: str) -> EngineSeen:
-        dead = name in self.dead
+        dead = name in self.dead | self.unheard
         return engine_seen(
             name,
             age_s=5.0 if dead else 0.0,

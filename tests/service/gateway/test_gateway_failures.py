@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from loraserve.errors import ConfigError
+from loraserve.gateway.streams import RECENT_TOKENS_S
 from loraserve.messages import EngineGone, Rejected, ToEngine, ToRouter
 
 Start = Callable[..., AbstractAsyncContextManager[Any]]
@@ -188,7 +189,9 @@ def text_of(events: list[Any]) -> str:
     return "".join(event["choices"][0]["delta"].get("content") or "" for event in events[:-1])
 
 
-@pytest.mark.parametrize("end", ["it stopped reporting", "its process ended", "it was restarted"])
+@pytest.mark.parametrize(
+    "end", ["it stopped reporting", "its process ended", "it was restarted", "it does not answer this gateway"]
+)
 def test_the_requests_of_a_dead_engine_continue_on_another(start_gateway: Start, end: str) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
@@ -204,6 +207,8 @@ def test_the_requests_of_a_dead_engine_continue_on_another(start_gateway: Start,
             elif end == "its process ended":
                 gone = EngineGone(engine="engine-0", incarnation=cluster.incarnations["engine-0"], ended=True)
                 cluster.buses["monitor"].publish("gone", gone)
+            elif end == "it does not answer this gateway":
+                cluster.unreachable.add("engine-0")
             else:
                 cluster.incarnations["engine-0"] = "new" * 5
             reply.pause_at = None
@@ -226,6 +231,23 @@ def test_the_requests_of_a_dead_engine_continue_on_another(start_gateway: Start,
             told = " ".join(entry["text"] for entry in story["entries"])
             assert f"interrupted after 3 tokens, migrate: engine engine-0 died while it ran this request ({end}" in told
             assert "accepted by engine-1" in told
+
+    asyncio.run(scenario())
+
+
+def test_a_slow_request_stays_on_an_engine_that_only_the_monitor_cannot_reach(start_gateway: Start) -> None:
+    async def scenario() -> None:
+        async with start_gateway() as gateway:
+            cluster = gateway.cluster
+            reply = cluster.replies[""]
+            reply.text, reply.pause_at = LONG, 3
+            streamed = asyncio.create_task(gateway.events("/v1/chat/completions", chat(stream=True)))
+            await gateway.until(lambda: cluster.playing, "the stream to run")
+            cluster.unheard |= {"engine-0", "engine-1"}
+            await asyncio.sleep(RECENT_TOKENS_S + 1.0)
+            reply.go.set()
+            assert text_of(await streamed) == LONG
+            assert len(cluster.routes) == 1
 
     asyncio.run(scenario())
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from loraserve.gateway.errors import ApiError, refused
 from loraserve.gateway.migration import Verdict
-from loraserve.gateway.streams import ABORT_INTERVAL_S, Stream, StreamState, StreamTable
+from loraserve.gateway.streams import ABORT_INTERVAL_S, QUIET_S, Stream, StreamState, StreamTable
 from loraserve.messages import ClusterLoad, EngineGone, EngineSeen, Failed, QueueLoad, TokenBatch, TokenDelta
 from loraserve.testing import reports
 
@@ -341,3 +341,38 @@ def test_an_engine_that_ended_before_the_router_s_answer_interrupts_its_stream_a
     other = here.table.open("b", 0, here.wake)
     here.table.set_engine(other, "engine-0", "b" * 16, 0.1)
     assert other.state is StreamState.RUNNING
+
+
+def test_engines_that_sent_nothing_lately_are_quiet_until_they_answer() -> None:
+    here = Table("a", "b")
+    assert here.table.quiet_engines(QUIET_S - 0.1) == []
+    assert here.table.quiet_engines(QUIET_S) == [("engine-0", INCARNATION)]
+    here.table.on_batch(batch(TokenDelta(request_id="a", index=0, tokens=(1,))), 1.0)
+    assert here.table.quiet_engines(1.1) == []
+    here.table.watch.note_heard("engine-0", INCARNATION, 2.0)
+    assert here.table.quiet_engines(2.1) == []
+    here.table.watch.note_heard("engine-0", "b" * 16, 3.0)
+    assert here.table.quiet_engines(3.0) == [("engine-0", INCARNATION)], "another incarnation answered"
+
+
+def test_a_new_stream_does_not_hide_that_its_engine_is_quiet() -> None:
+    here = Table("a")
+    stream = here.table.open("b", 0, here.wake)
+    stream.set_engine("engine-0", INCARNATION, 5.0)
+    assert here.table.quiet_engines(5.1) == [("engine-0", INCARNATION)]
+
+
+def test_streams_are_interrupted_if_their_engine_does_not_answer_unless_it_sent_tokens_meanwhile() -> None:
+    here = Table("a", "b")
+    here.table.on_batch(batch(TokenDelta(request_id="a", index=0, tokens=(1,))), 2.0)
+    here.table.on_no_answer("engine-0", INCARNATION, asked_s=1.5)
+    here.table.on_no_answer("engine-0", "b" * 16, asked_s=3.0)
+    assert all(stream.state is StreamState.RUNNING for stream in here.streams.values())
+    here.table.on_no_answer("engine-0", INCARNATION, asked_s=3.0)
+    assert "it does not answer this gateway" in interruption(here.streams["a"]).message
+
+
+def test_streams_of_an_engine_whose_next_incarnation_answers_are_interrupted() -> None:
+    here = Table("a")
+    here.table.on_restarted("engine-0", INCARNATION)
+    assert "it was restarted" in interruption(here.streams["a"]).message

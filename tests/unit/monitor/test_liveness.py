@@ -45,6 +45,7 @@ def test_an_ended_engine_is_dead_at_once_until_it_reports_again(liveness: Livene
     assert liveness.end("e0", seen.load.incarnation)
     assert liveness.has_ended("e0", seen.load.incarnation)
     assert alive(liveness, 10.1) == {"e0": False}
+    assert [engine.ended for engine in liveness.engines(10.1)] == [True]
     assert liveness.next_death_s(10.1) is None
     assert report(liveness, seen, 10.2), "it was dead"
     assert alive(liveness, 10.2) == {"e0": True}
