@@ -32,6 +32,7 @@ from loraserve.config import ClusterConfig, Config
 from loraserve.demo import demo_adapters
 from loraserve.demo.model import prepare_model
 from loraserve.demo.paths import default_data_dir
+from loraserve.model_shape import read_model_config, shape_from_config
 from loraserve.supervisor.processes import process_names
 
 BEFORE_S = 1.5
@@ -53,29 +54,33 @@ EXPLANATION = """\
 SETTINGS = ("cluster.engines=2", "cluster.gateways=2", "engine.threads=1", f"gateway.drain_timeout_s={DRAIN_S}")
 
 
-def run(folder: Path, cells: Sequence[Cell] | None, only: str) -> tuple[list[Row], list[str]]:
+def run(folder: Path, cells: Sequence[Cell] | None, only: Sequence[str]) -> tuple[list[Row], list[str]]:
     """Run the cells, or the whole table. Returns the rows and the names of the engines."""
     model = prepare_model(default_data_dir(), say)
     adapters = {adapter.name: adapter.path for adapter in demo_adapters(default_data_dir(), say)}
     names = process_names(Config(cluster=ClusterConfig(engines=2, gateways=2)))
     engines = [name for name in names if name.startswith("engine-")]
-    wanted = [cell for cell in cells or all_cells(names) if only in f"{cell.title} {cell.target}"]
+    texts = only or [""]
+    wanted = [
+        cell for cell in cells or all_cells(names) if any(text in f"{cell.title} {cell.target}" for text in texts)
+    ]
     say(f"starting {', '.join(names)}")
     with FaultyCluster(folder, model, adapters, names, SETTINGS) as cluster:
-        return asyncio.run(_run(cluster, wanted, engines, model.name, adapters)), engines
+        return asyncio.run(_run(cluster, wanted, engines, model, list(adapters))), engines
 
 
 async def _run(
-    cluster: FaultyCluster, cells: Sequence[Cell], engines: list[str], base: str, adapters: dict[str, Path]
+    cluster: FaultyCluster, cells: Sequence[Cell], engines: list[str], model: Path, adapters: Sequence[str]
 ) -> list[Row]:
     rows = []
+    folder, shape = cluster.data_dir.parent / "adapters", shape_from_config(read_model_config(model))
     questions = len(QUESTIONS) if len(cells) > FEW_CELLS else 1
     async with cluster.session() as http:
         await cluster.wait_ready(http)
         say("asking the questions on the undisturbed cluster")
-        traffic = Traffic(http, await find_truth(http, [base, *adapters], questions))
+        traffic = Traffic(http, await find_truth(http, [model.name, *adapters], questions))
         for number, cell in enumerate(cells, start=1):
-            operator = Operator(http, min(adapters.values())) if cell.fault in DISK_FAULTS else None
+            operator = Operator(http, folder, shape) if cell.fault in DISK_FAULTS else None
             rows.append(await run_cell(cluster, cell, traffic, operator, engines))
             _report(rows[-1], f"{number} of {len(cells)}")
             await cluster.wait_ready(http)
@@ -137,6 +142,10 @@ def page(rows: Sequence[Row], command: str, minutes: float) -> str:
         EXPLANATION,
         "",
         markdown(rows),
+        "",
+        "While a disk was faulty, an operator loaded and unloaded adapters and asked for plans:",
+        "",
+        *(f"- {each.cell.title}, {each.cell.target}: {note}" for each in rows for note in each.notes),
     ]
     return "\n".join(lines) + "\n"
 
@@ -147,7 +156,9 @@ def main(arguments: Sequence[str]) -> int:
         prog="scripts/bench faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="run a handful of rows, in less than a minute")
-    parser.add_argument("--only", default="", metavar="TEXT", help="run the rows whose fault or process has this text")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="TEXT", help="run rows whose fault or process has this text"
+    )
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table to this page in markdown")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep logs in this folder")
     options = parser.parse_args(arguments)

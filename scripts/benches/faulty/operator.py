@@ -2,11 +2,14 @@
 
 import asyncio
 import itertools
+from functools import partial
 from pathlib import Path
 
 import aiohttp
 
 from faulty.traffic import post
+from loraserve.model_shape import ModelShape
+from loraserve.testing.tiny_model import write_peft_adapter
 
 PREPARED = 4
 """Adapters that are registered before the fault, to be removed during it."""
@@ -14,15 +17,18 @@ BETWEEN_S = 0.5
 COMMAND_TIMEOUT_S = 6.0
 
 
+_numbers = itertools.count()
+
+
 class Operator:
     """Counts its commands. ``lost`` describes acknowledged commands that had no effect."""
 
-    def __init__(self, http: aiohttp.ClientSession, folder: Path) -> None:
+    def __init__(self, http: aiohttp.ClientSession, folder: Path, shape: ModelShape) -> None:
         self.lost: list[str] = []
         self.loaded = self.refused = self.unloaded = self.not_unloaded = self.silent = 0
         self._http = http
         self._folder = folder
-        self._names = (f"operator-{number}" for number in itertools.count())
+        self._shape = shape
         self._there: set[str] = set()
         self._unknown: set[str] = set()
 
@@ -59,8 +65,11 @@ class Operator:
         )
 
     async def _load(self) -> None:
-        name = next(self._names)
-        body = {"lora_name": name, "lora_path": str(self._folder)}
+        number = next(_numbers)
+        name = f"operator-{number}"
+        # Each adapter has other weights, because equal ones would share a slab and need no space on the disk.
+        write = partial(write_peft_adapter, self._folder / name, self._shape, 1, alpha=1, seed=number, strength=0.1)
+        body = {"lora_name": name, "lora_path": str(await asyncio.to_thread(write))}
         status, _ = await post(self._http, "/v1/load_lora_adapter", body, COMMAND_TIMEOUT_S)
         if status == 200:
             self.loaded += 1

@@ -34,7 +34,7 @@ from loraserve.messages import (
 )
 
 NAME = "gateway-0"
-READY_TIMEOUT_S = 120.0
+READY_TIMEOUT_S = 300.0
 ADMIT_TIMEOUT_S = 5.0
 PLAN_TIMEOUT_S = 60.0
 
