@@ -8,7 +8,7 @@ an undisturbed engine. An engine with a corrupted copy in its own pool gets no r
 restarted. For this, the bench takes the router's place.
 
 The gateway migrates the requests of a killed engine. The bench, as their client, sends every request once. "migrations"
-counts the attempts after the first. "stuck requests" did not end within a minute.
+counts the attempts after the first. "stuck requests" did not end within three minutes.
 
 At the end the bench looks for memory and sockets left by killed engines. The exit status is 1 if a text was wrong, a
 request was stuck or failed, an engine ended by itself or anything leaked.

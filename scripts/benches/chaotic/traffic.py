@@ -13,8 +13,9 @@ from chaotic.counts import Counts
 from chaotic.routing import Routing
 from chaotic.truth import Case
 
-DEADLINE_S = 60.0
-"""For one request with all its attempts. Engines need about 15 s to start on a busy machine."""
+DEADLINE_S = 180.0
+"""For one request with all its attempts. A request waits while each engine that may run its adapter restarts, which
+takes a minute on a busy machine."""
 
 
 class Traffic:

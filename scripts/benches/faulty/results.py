@@ -10,6 +10,8 @@ from faulty.cells import Cell, Fault
 from faulty.traffic import Outcome, Request
 
 MAX_NOTES = 6
+MOVING_FAULTS = (Fault.KILL, Fault.TERM, Fault.STOP)
+"""The faults that move all streams of an engine to another one."""
 
 
 class Row(NamedTuple):
@@ -52,7 +54,7 @@ def row(
     failed += [] if may_cut else by[Outcome.CUT]
     failed += [] if may_refuse else by[Outcome.REFUSED]
     running = [each for each in requests if each.streamed and each.sent_s < began_s < each.ended_s]
-    moved = [each for each in running if each.engine in cell.targets]
+    moved = [each for each in running if each.engine in cell.targets and cell.fault in MOVING_FAULTS]
     bad = [*by[Outcome.CORRUPTED], *failed]
     return Row(
         cell=cell,
@@ -70,8 +72,11 @@ def row(
 
 
 def _median_gap_s(streams: Sequence[Request]) -> float | None:
-    gaps = [gap for each in streams if (gap := each.longest_gap_s()) is not None]
-    return statistics.median(gaps) if gaps else None
+    return _median([gap for each in streams if (gap := each.longest_gap_s()) is not None])
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 HEADER = (
@@ -109,7 +114,8 @@ def _texts(each: Row) -> list[str]:
 def figures(rows: Sequence[Row], engines: Sequence[str]) -> dict[str, Number]:
     """Return the figures of the last line."""
     excused = [each for each in rows if not each.cell.leaves_an_engine(engines)]
-    moved = [each.moved_gap_s for each in rows if each.moved_gap_s is not None and each not in excused]
+    gaps = [(each.cell.fault, each.moved_gap_s) for each in rows if each not in excused]
+    moved = {wanted: [gap for fault, gap in gaps if fault is wanted and gap is not None] for wanted in MOVING_FAULTS}
     calm = [each.gap_s for each in rows if each.cell.fault is Fault.NONE and each.gap_s is not None]
     return {
         "cells": len(rows),
@@ -119,8 +125,10 @@ def figures(rows: Sequence[Row], engines: Sequence[str]) -> dict[str, Number]:
         "failed_without_engines": sum(each.failed for each in excused),
         "refused_without_engines": sum(each.refused for each in excused),
         "cut": sum(each.cut for each in rows),
-        "moved_gap_median_s": statistics.median(moved) if moved else None,
-        "undisturbed_gap_median_s": statistics.median(calm) if calm else None,
+        "killed_gap_s": _median(moved[Fault.KILL]),
+        "terminated_gap_s": _median(moved[Fault.TERM]),
+        "stopped_gap_s": _median(moved[Fault.STOP]),
+        "undisturbed_gap_s": _median(calm),
         "recovered_median_s": statistics.median(each.recovered_s for each in rows),
         "recovered_longest_s": max(each.recovered_s for each in rows),
     }
