@@ -27,7 +27,7 @@ from loraserve.messages import (
     ToRouter,
 )
 from loraserve.router.engine_view import MAX_AVOIDANCE_S
-from loraserve.router.service import FIRST_LOAD_TIMEOUT_S, RouterService
+from loraserve.router.service import FIRST_ENGINE_TIMEOUT_S, RouterService
 from loraserve.testing.clock import LoopClock, run_virtual
 from loraserve.testing.memory_bus import MemoryNetwork
 from loraserve.testing.peers import Peer, Script, serving
@@ -109,12 +109,29 @@ def test_requests_to_a_router_that_has_just_started_wait_for_the_first_publicati
         harness.start_engines(takes)
         async with serving(harness.router):
             asking = asyncio.create_task(harness.route())
-            await asyncio.sleep(FIRST_LOAD_TIMEOUT_S - 0.1)
+            await asyncio.sleep(FIRST_ENGINE_TIMEOUT_S - 0.1)
             assert not asking.done()
             await harness.publish_picture()
             answer = await asking
             assert isinstance(answer, Routed)
             assert answer.engine == "e0"
+
+    run_virtual(main())
+
+
+def test_requests_wait_for_the_first_engine_that_a_new_monitor_learns_of() -> None:
+    async def main() -> None:
+        harness = RouterHarness()
+        harness.start_engines(takes)
+        async with serving(harness.router):
+            asking = [asyncio.create_task(harness.route(route_request(f"r{n}"))) for n in range(2)]
+            await asyncio.sleep(0.5)
+            harness.monitor.publish("load", picture(sequence=0))
+            await asyncio.sleep(0.5)
+            assert not any(task.done() for task in asking)
+            await harness.publish_picture()
+            answers = await asyncio.gather(*asking)
+            assert [answer.engine for answer in answers if isinstance(answer, Routed)] == ["e0", "e0"]
 
     run_virtual(main())
 

@@ -29,8 +29,9 @@ from loraserve.router.policy import POLICIES, placeholder_request, prefetch_engi
 from loraserve.router.view import ClusterView
 from loraserve.service import Service
 
-FIRST_LOAD_TIMEOUT_S = 2.0
-"""Longest time that a request waits for the first publication of the monitor after the router's start."""
+FIRST_ENGINE_TIMEOUT_S = 5.0
+"""A router knows no engine when it starts. For this time, requests wait until it has learned of one. The monitor's
+first publication may not list them all, because the monitor may just have started too."""
 
 ENGINE_REFUSALS = ("overloaded", "draining", "starting")
 """Codes with which an engine refuses a request that another engine may still admit."""
@@ -48,7 +49,8 @@ class RouterService(Service):
         self._policy = POLICIES[config.router.policy]
         self._plan: PlannedCopies | None = None
         self._plan_id = (0, 0.0)
-        self._has_view = asyncio.Event()
+        self._view_changed = asyncio.Event()
+        self._learns_until_s = 0.0
         self._routing: dict[str, list[Envelope]] = {}
         """The unanswered questions about each request that is being routed."""
         self._learner = CostLearner(initial_cost_model(config))
@@ -58,6 +60,7 @@ class RouterService(Service):
         self._rejected = self.metrics.counter("rejected_total", "Requests refused", ["code"])
 
     async def start(self, stack: AsyncExitStack) -> None:
+        self._learns_until_s = self.clock.monotonic_s() + FIRST_ENGINE_TIMEOUT_S
         self.bus.subscribe("monitor", "load")
         self.bus.subscribe("planner", "plan")
 
@@ -77,9 +80,13 @@ class RouterService(Service):
                 self._set_plan(plan)
 
     def _update_view(self, snapshot: ClusterLoad) -> None:
-        self._has_view.set()
         if self._view.update(snapshot, self.clock.monotonic_s()):
             self._learner.learn((engine.load for engine in self._view.ready_engines()), self._view.engines)
+        if self._view.ready_engines():
+            self._learns_until_s = 0.0
+        # Wakes all that wait now. Later ones wait for the next change.
+        self._view_changed.set()
+        self._view_changed.clear()
 
     def _set_plan(self, plan: Plan) -> None:
         # The planner publishes each plan repeatedly. The creation time is compared too, because a planner that lost its
@@ -113,8 +120,7 @@ class RouterService(Service):
             self.bus.respond(envelope, answer)
 
     async def _choose_engine(self, request: Route) -> Routed | Rejected:
-        if not self._has_view.is_set():
-            await self._wait_for_view()
+        await self._wait_for_engines()
         self._view.expire_pending(self.clock.monotonic_s())
         choice = self._policy(self._context(request))
         answer = choice if isinstance(choice, Rejected) else await self._ask_candidates(request, choice)
@@ -125,11 +131,12 @@ class RouterService(Service):
             self._routed.labels(answer.engine, answer.why).inc()
         return answer
 
-    async def _wait_for_view(self) -> None:
-        """Wait for the monitor's first publication. Without it, a router that has just started knows no engine."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(FIRST_LOAD_TIMEOUT_S):
-                await self._has_view.wait()
+    async def _wait_for_engines(self) -> None:
+        """Wait until this router has learned of an engine, at most until it has run for FIRST_ENGINE_TIMEOUT_S."""
+        while (left_s := self._learns_until_s - self.clock.monotonic_s()) > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await self._view_changed.wait()
 
     def _prefetch(self, expect: Expect) -> None:
         """With the policy ``predicted``, tell an engine to load the adapter of a request that will arrive soon."""
