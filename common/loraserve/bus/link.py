@@ -11,8 +11,8 @@ from loraserve.bus.protocol import Frame
 from loraserve.bus.wire import Parts
 
 LINGER_MS = 200
-HEARTBEAT_INTERVAL_MS = 2_000
-HEARTBEAT_TIMEOUT_MS = 6_000
+DEAD_LINK_S = 6
+"""A TCP connection without an answer of the peer's kernel for about this time is closed."""
 RECONNECT_MS = 50
 LONGEST_RECONNECT_MS = 1_000
 CONNECT_TIMEOUT_MS = 1_500
@@ -66,12 +66,14 @@ def _socket(context: SocketContext, kind: int, address: str, queue_messages: int
     socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
     socket.set(zmq.RECONNECT_IVL_MAX, LONGEST_RECONNECT_MS)
     if address.startswith("tcp://"):
-        # Heartbeats detect hosts that lost power or network and so cannot close their connections.
-        socket.set(zmq.TCP_KEEPALIVE, 1)
         socket.set(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
-        socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
-        socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-        socket.set(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)
+        # The kernel detects hosts that lost power or network and so cannot close their connections. ZeroMQ's own
+        # heartbeats would do this too, but libzmq 4.3 may abort when one fails (libzmq issues 3937 and 4767).
+        socket.set(zmq.TCP_KEEPALIVE, 1)
+        socket.set(zmq.TCP_KEEPALIVE_IDLE, DEAD_LINK_S // 3)
+        socket.set(zmq.TCP_KEEPALIVE_INTVL, 1)
+        socket.set(zmq.TCP_KEEPALIVE_CNT, DEAD_LINK_S - DEAD_LINK_S // 3)
+        socket.set(zmq.TCP_MAXRT, 1000 * DEAD_LINK_S)
     return socket
 
 
