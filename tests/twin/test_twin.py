@@ -1,12 +1,15 @@
 """The whole cluster in virtual time keeps its promises under faults, and bugs that are planted are found."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import msgspec
 import pytest
+import structlog
 
 from loraserve.testing.twin.cluster import run_schedule
 from loraserve.testing.twin.command import run_part, shrink
@@ -17,6 +20,16 @@ SEEDS = 10_000
 PARTS = 5
 MUTATION_SEEDS = 400
 """Each planted bug is found within this many seeds, most within 50."""
+
+
+@pytest.fixture(autouse=True)
+def no_logs() -> Iterator[None]:
+    """Drop the product's log lines, which would take most of the time. Loggers are not cached, so later tests log."""
+    before = structlog.get_config()
+    quiet = structlog.make_filtering_bound_logger(logging.CRITICAL)
+    structlog.configure(wrapper_class=quiet, cache_logger_on_first_use=False)
+    yield
+    structlog.configure(**before)
 
 
 @pytest.mark.parametrize("part", range(PARTS))

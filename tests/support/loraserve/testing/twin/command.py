@@ -49,7 +49,6 @@ class Part(NamedTuple):
 
 def run_part(seeds: range, mutation: str = "") -> Part:
     """Run seeds until one breaks a rule."""
-    silence_logs()
     # The cancelled tasks of killed processes leave coroutines that never began.
     warnings.simplefilter("ignore", RuntimeWarning)
     began_s = time.process_time()
@@ -107,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_seeds(seeds: range, options: argparse.Namespace) -> int:
+    silence_logs()
     began_s = reported_s = time.monotonic()
     runs, cpu_s = 0, 0.0
     for part in _parts(seeds, options.jobs, options.mutation):
@@ -132,7 +132,7 @@ def _parts(seeds: range, jobs: int, mutation: str) -> Iterator[Part]:
     if jobs == 1:
         yield from map(run, pieces)
         return
-    with ProcessPoolExecutor(jobs) as workers:
+    with ProcessPoolExecutor(jobs, initializer=silence_logs) as workers:
         while True:
             running = [workers.submit(run, piece) for piece, _ in zip(pieces, range(4 * jobs), strict=False)]
             if not running:

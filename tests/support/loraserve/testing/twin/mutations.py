@@ -78,7 +78,8 @@ def ignore_lost_tokens() -> list[Patch]:
 def ignore_dead_engines() -> list[Patch]:
     """The gateway does not notice that an engine has died."""
     return [
-        (StreamTable, "on_engine_gone", lambda self, gone: None),
+        (StreamTable, "_end", lambda self, engine, incarnation, why: None),
+        (StreamTable, "on_no_answer", lambda self, engine, incarnation, asked_s: None),
         (EngineWatch, "death_of", lambda self, engine, incarnation, routed_s, now: None),
     ]
 
