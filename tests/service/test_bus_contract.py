@@ -404,11 +404,11 @@ def test_publications_reach_those_who_subscribed_before_the_publisher_started(ru
         for subscriber in (a, c):
             subscriber.subscribe("b", "load")
         b = cluster.bus("b")
-        await publish_until_received(b, a, "load", 1)
-        await publish_until_received(b, c, "load", 2)
+        assert (await publish_until_received(b, a, "load", 1))[-1] == 1
+        assert (await publish_until_received(b, c, "load", 2))[-1] == 2
         await cluster.end(b)
         b = cluster.bus("b")
-        await publish_until_received(b, a, "load", 3)
+        assert (await publish_until_received(b, a, "load", 3))[-1] == 3
 
     run(scenario)
 

@@ -14,7 +14,7 @@ UNDISTURBED_S = 12.0
 
 
 class Fault(StrEnum):
-    """What happens to the target. The value is the text in the table."""
+    """A fault. Its value is the text in the table."""
 
     NONE = "undisturbed"
     KILL = "kill -9"

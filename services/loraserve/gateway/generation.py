@@ -184,11 +184,13 @@ class Generation:
             self._gateway.quarantine.check(choice.route, self._gateway.clock.monotonic_s())
             tried = self._trials[stream] = asyncio.Event()
             stream.attempts.on_trial = True
-            await self._route_again(choice, stream, route)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(tried.wait(), TRIAL_S)
-            stream.attempts.on_trial = False
-            del self._trials[stream]
+            try:
+                await self._route_again(choice, stream, route)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(tried.wait(), TRIAL_S)
+            finally:
+                stream.attempts.on_trial = False
+                del self._trials[stream]
 
     async def _route_again(self, choice: ChoiceRequest, stream: Stream, route: Route) -> None:
         """Route the next attempt. While no engine takes it, ask again until gateway.migrate_timeout_s have passed."""

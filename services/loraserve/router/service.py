@@ -139,7 +139,7 @@ class RouterService(Service):
                     await self._view_changed.wait()
 
     def _prefetch(self, expect: Expect) -> None:
-        """With the policy ``predicted``, tell an engine to load the adapter of a request that will arrive soon."""
+        """Tell an engine to load the adapter of a request that will arrive soon. Only for the policy ``predicted``."""
         now = self.clock.monotonic_s()
         self._view.expire_pending(now)
         if self.config.router.policy != "predicted":

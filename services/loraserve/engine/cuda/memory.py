@@ -28,7 +28,7 @@ FATAL_PREFIXES = ("CUDA error", "Triton Error [CUDA]")
 
 @contextmanager
 def device_errors() -> Iterator[None]:
-    """In the `with` block, turn CUDA errors other than out-of-memory into DeviceLostError."""
+    """Turn CUDA errors of the `with` block, except out-of-memory, into DeviceLostError."""
     try:
         yield
     except RuntimeError as error:

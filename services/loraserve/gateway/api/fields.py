@@ -1,4 +1,4 @@
-"""What the gateway does with each request field that OpenAI, vLLM, SGLang and llama.cpp define for generation.
+"""Lists how the gateway treats each field that OpenAI, vLLM, SGLang and llama.cpp define for generation requests.
 
 - Applied: the field is declared in ``api/schema.py`` or is a sampling parameter (``loraserve.messages.sampling``).
 - Harmless (``HARMLESS``): the field is accepted and ignored; the answer is the same without it.

@@ -139,7 +139,7 @@ class Allocation:
                 left -= self.extents[a]
 
     def drop_surplus(self, utilisation: float) -> None:
-        """For each unpinned adapter, drop copies that its work does not justify, from the most loaded engine first."""
+        """Drop the copies that the work of an unpinned adapter does not justify, most loaded engines first."""
         dropped = False
         for a in [a for a, held in enumerate(self.copies) if len(held) > 1]:
             if a in self.problem.pins:

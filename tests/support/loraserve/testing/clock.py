@@ -60,6 +60,21 @@ class _VirtualSelector(selectors.DefaultSelector):
         return super().select(0)
 
 
+def call_in_loop(loop: asyncio.AbstractEventLoop, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+    """Call the function in the next iteration of the loop, in no virtual time. A thread would take real time."""
+    result = loop.create_future()
+
+    def call() -> None:
+        if not result.cancelled():
+            try:
+                result.set_result(func(*args))
+            except Exception as error:
+                result.set_exception(error)
+
+    loop.call_soon(call)
+    return result
+
+
 class VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop with virtual time for MemoryNetwork, asyncio.sleep and asyncio.to_thread; not for sockets."""
 
@@ -73,18 +88,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., Any], *args: Any
     ) -> asyncio.Future[Any]:
-        """Call the function in the next iteration of the loop, in no virtual time. A thread would take real time."""
-        result = self.create_future()
-
-        def call() -> None:
-            if not result.cancelled():
-                try:
-                    result.set_result(func(*args))
-                except Exception as error:
-                    result.set_exception(error)
-
-        self.call_soon(call)
-        return result
+        return call_in_loop(self, func, *args)
 
 
 def run_virtual(main: Coroutine[Any, Any, T]) -> T:

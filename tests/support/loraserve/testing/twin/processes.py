@@ -12,7 +12,7 @@ from contextvars import Context, ContextVar
 from typing import Any, TypeVar
 
 from loraserve.clock import LONGEST_GAP_S
-from loraserve.testing.clock import START_UNIX_S, DeadlockError
+from loraserve.testing.clock import START_UNIX_S, DeadlockError, call_in_loop
 
 T = TypeVar("T")
 
@@ -139,18 +139,7 @@ class ProcessLoop(asyncio.BaseEventLoop):
     def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., Any], *args: Any
     ) -> "asyncio.Future[Any]":
-        """Call the function in the next iteration of the loop, in no virtual time."""
-        result = self.create_future()
-
-        def call() -> None:
-            if not result.cancelled():
-                try:
-                    result.set_result(func(*args))
-                except Exception as error:
-                    result.set_exception(error)
-
-        self.call_soon(call)
-        return result
+        return call_in_loop(self, func, *args)
 
     def _timer_handle_cancelled(self, handle: events.TimerHandle) -> None:
         """Do nothing: cancelled timers are dropped when they are due."""
